@@ -1,0 +1,860 @@
+"""eventbook: an event booking backend over HTTP, in one file, standard library only.
+
+    python eventbook.py                    # http://localhost:3000; Ctrl-C stops it
+    curl -H 'user-id: 2' http://localhost:3000/api/events
+
+Organizers create and update events, customers list them, book tickets and cancel.
+
+    event      Event(1, "Tech Conference 2026", "2026-02-15", 3, etag='"5f0c-1"')
+    booking    Booking(1, 1, 2): booking 1 is one ticket of event 1 for customer 2
+    refusal    Refusal(404, "Event not found"): raised anywhere, answered in one place
+    operation  Store.book_ticket(store, request): what a route does
+    head       b"GET / HTTP/1.1\\r\\nHost: a\\r\\n": a request up to its empty line
+
+Three laws hold throughout:
+1. State changes only inside Store, under its lock, and only after every observer has
+   let it pass: a booking's line is in the log before the booking exists.
+2. Above the route table nothing knows how HTTP is read and written; below it nothing
+   knows what a booking is.
+3. One thread serves all clients; one that keeps it waiting goes on in its own thread.
+"""
+
+import argparse
+import contextlib
+import email.utils
+import functools
+import json
+import os
+import queue
+import re
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.parse
+from collections import OrderedDict, defaultdict, namedtuple
+from datetime import date, datetime, timezone
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+
+VERSION = "1.0.0"
+LOG = os.path.join("logs", "events.log.jsonl")
+
+# ---- Records and rules -------------------------------------------------------
+# What the rest is about. A record never changes: another takes its place. A rule is a
+# test and the words for what would pass it.
+
+ORGANIZER, CUSTOMER = "ORGANIZER", "CUSTOMER"
+USERS = {"1": ORGANIZER, "2": CUSTOMER, "3": CUSTOMER}  # by user-id, as assigned
+
+Event = namedtuple("Event", "id title date availableTickets etag")
+Booking = namedtuple("Booking", "id eventId customerId")
+Answer = namedtuple("Answer", "status content fields", defaults=({},))
+
+
+class Refusal(Exception):
+    """Raised where a request cannot be granted; holds the Answer that says why."""
+
+    def __init__(self, status, error, fields=None, **more):
+        super().__init__(error)
+        self.answer = Answer(status, {"error": error, **more}, fields or {})
+
+
+TIME = r"([01]\d|2[0-3]):[0-5]\d"
+DATE = re.compile(rf"\d{{4}}-\d\d-\d\d(T{TIME}(:[0-5]\d)?(Z|[+-]{TIME})?)?", re.ASCII)
+
+
+def is_title(value):
+    return isinstance(value, str) and len(value) <= 200 and bool(value.strip())
+
+
+def is_date(value):
+    try:  # the pattern first: what else fromisoformat takes depends on the Python
+        return bool(DATE.fullmatch(value) and date.fromisoformat(value[:10]))
+    except (TypeError, ValueError):
+        return False
+
+
+def integer(least, most):
+    """The rule for whole numbers; True, 3.0 and "3" are none."""
+    words = f"an integer from {least} to {most:,}"
+    return lambda value: type(value) is int and least <= value <= most, words
+
+
+CREATE = {
+    "title": (is_title, "text of 1 to 200 characters, not blank"),
+    "date": (is_date, "a real date, like 2026-02-15 or 2026-02-15T19:30"),
+    "availableTickets": integer(1, 10**9),
+}
+UPDATE = {**CREATE, "availableTickets": integer(0, 10**9)}  # 0 stops the sale
+PAGE = {"limit": integer(1, 1000), "offset": integer(0, 10**18)}
+EVENT_PAGE = {**PAGE, "available": (["true", "false"].count, "true or false")}
+VISIBLE = re.compile("[!-~]{1,255}").fullmatch
+KEY = {"Idempotency-Key": (VISIBLE, "1 to 255 visible characters")}
+UNKNOWN = (lambda value: False, "no field of this name is known")
+
+
+def check(rules, values):
+    """Refuse (400) the values that fail their rules or have none, all at once."""
+    failed = {}
+    for name, value in values.items():
+        passes, words = rules.get(name, UNKNOWN)
+        if not passes(value):
+            failed[name] = words
+    if failed:
+        raise Refusal(400, "Validation failed", details=failed)
+
+
+# ---- Requests and answers ----------------------------------------------------
+# What an operation is given, and how what it returns is shown.
+
+HEAD = "method path query fields length persistent expects"
+
+
+class Request(namedtuple("Request", HEAD + " content id user", defaults=(b"", 0, 0))):
+    """What a head says; and the content, the id in the path, and whose request it is."""
+
+    def json(self):
+        """The content as a dict, empty if there is none; refuses (400)."""
+        try:
+            value = json.loads(self.content.decode() or "{}")
+            encode(value)  # finds NaN, 1e400 and lone surrogates at any depth
+        except (ValueError, RecursionError) as error:
+            raise Refusal(400, f"Invalid JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise Refusal(400, "Invalid JSON: an object is wanted")
+        return value
+
+    def parameters(self, rules):
+        """The query's parameters that have a rule, numbers as int; refuses (400)."""
+        pairs = urllib.parse.parse_qsl(self.query, keep_blank_values=True)
+        number = re.compile("[0-9]{1,18}").fullmatch
+        values = {k: int(v) if number(v) else v for k, v in pairs if k in rules}
+        check(rules, values)
+        return values
+
+    def matches(self, etag):
+        """Whether If-Match lets this version be changed (RFC 9110, section 13.1.1)."""
+        tags = re.findall(r'\*|(?:W/)?"[^"]*"', self.fields.get("if-match", "*"))
+        return "*" in tags or etag in tags
+
+
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def encode(content):
+    """A line of JSON in UTF-8; raises ValueError for what neither can say."""
+    return ENCODER.encode(content).encode() + b"\n"
+
+
+def visible(record):
+    """What a client sees of a record: all but the ETag, which is a header field."""
+    return {name: value for name, value in record._asdict().items() if name != "etag"}
+
+
+def page(records, wanted):
+    """The Answer with the wanted part of a list."""
+    start = wanted.get("offset", 0)
+    part = records[start : start + wanted.get("limit", len(records))]
+    total = {"X-Total-Count": len(records)}
+    return Answer(200, [visible(record) for record in part], total)
+
+
+# ---- Observers ---------------------------------------------------------------
+# Who must know of a change hears of it before it is made, and so can prevent it.
+
+
+class Observable:
+    """Tells observers what is about to happen."""
+
+    def __init__(self):
+        self.observers = defaultdict(list)
+
+    def on(self, name, observer):
+        """Call observer(name, data) at each emit(name, data)."""
+        self.observers[name].append(observer)
+
+    def emit(self, name, data):
+        """Call the observers in turn; what one raises stops the rest and the change.
+
+        One that may raise must come first, or others hear of what never happens.
+        """
+        for observer in self.observers[name]:
+            observer(name, data)
+
+
+class Log:
+    """A JSON Lines file. A line once in it survives this process, a power cut not."""
+
+    def __init__(self, path):
+        """Open or create it, and end a half line that a crash has left; OSError."""
+        self.file = open(path, "a+b", buffering=0)
+        if os.path.getsize(path):
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read(1) != b"\n":
+                self.file.write(b"\n")
+
+    def __call__(self, name, booking):
+        """Append a line, or refuse (503) and leave the file as it was."""
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        entry = {"event": name, "timestamp": now[:-6] + "Z", "data": booking._asdict()}
+        line = encode(entry)
+        try:
+            written = self.file.write(line)
+            if written < len(line):
+                self.file.truncate(self.file.tell() - written)
+                raise OSError("no room for the whole line")
+        except OSError:
+            error = "The log cannot be written; nothing was changed, try again later"
+            raise Refusal(503, error, {"Retry-After": "5"}) from None
+
+
+class Notifier(threading.Thread):
+    """Prints lines from its own thread, in order; survives a console that fails."""
+
+    GATHER = 0.01  # seconds, since waking up for each line slows bookings by a fifth
+
+    def __init__(self, write):
+        """write(text) prints; it may raise OSError or ValueError."""
+        super().__init__(daemon=True)
+        self.write, self.lines = write, queue.SimpleQueue()
+
+    def confirm(self, _, booking):
+        self.say(f"📧 Booking confirmation email sent for booking {booking.id}")
+
+    def announce(self, _, customers):
+        for customer in customers:
+            self.say(f"🔔 Event update notification sent to customer {customer}")
+
+    def say(self, line):
+        """Have the line printed; never waits, never fails."""
+        self.lines.put(line + "\n")
+
+    def run(self):
+        batch = []
+        while "" not in batch:
+            batch = [self.lines.get()]
+            time.sleep(self.GATHER)
+            batch += [self.lines.get() for _ in range(self.lines.qsize())]
+            with contextlib.suppress(OSError, ValueError):
+                self.write("".join(batch))
+
+    def close(self, timeout):
+        """Wait until all lines are printed, or for so many seconds."""
+        self.lines.put("")
+        self.join(timeout)
+
+
+# ---- Store -------------------------------------------------------------------
+# Everything there is, in dicts, and the operations: a Request in, a record or an Answer
+# out. However many bookings there are, only the lists of them take longer.
+
+
+class Store(Observable):
+    """Events and bookings, in memory; they change nowhere else."""
+
+    REMEMBERED_KEYS = 10_000
+
+    def __init__(self):
+        super().__init__()
+        # The law of the lock: an operation is one `with`, check and change together.
+        # Observers run under it too, so the order of log lines is that of the changes.
+        self.lock = threading.RLock()
+        self.run, self.changes = os.urandom(6).hex(), 0  # the two make ETags unique
+        self.events = {}  # event id -> Event
+        self.bookings = {}  # booking id -> Booking, while it lives
+        self.last_booking = 0
+        self.by_event = defaultdict(dict)  # event id -> customer id -> their bookings
+        self.by_customer = defaultdict(dict)  # customer id -> event id -> the same dict
+        self.answered = OrderedDict()  # (customer id, Idempotency-Key) -> Booking
+
+    def create_event(self, request):
+        """Put an event on sale."""
+        given = request.json()
+        values = {name: given.get(name) for name in CREATE}
+        check(CREATE, values)
+        with self.lock:
+            return self._put(Event(len(self.events) + 1, **values, etag=None))
+
+    def update_event(self, request):
+        """Change an event; the customers who have booked it are told."""
+        values = request.json()
+        with self.lock:
+            event = self.read_event(request)
+            if not request.matches(event.etag):
+                raise Refusal(412, "Event has changed", {"ETag": event.etag})
+            check({**UPDATE, "id": integer(event.id, event.id)}, values)
+            shares = self.by_event[event.id].items()
+            first = {next(iter(share)): customer for customer, share in shares if share}
+            self.emit("event.updated", [first[booking] for booking in sorted(first)])
+            changed = event._replace(**values)
+            return event if changed == event else self._put(changed)
+
+    def book_ticket(self, request):
+        """Book one ticket; with an Idempotency-Key it is safe to ask again."""
+        key = request.fields.get("idempotency-key")
+        with self.lock:
+            event = self.read_event(request)
+            check(KEY, {} if key is None else {"Idempotency-Key": key})
+            first = self.answered.get((request.user, key))
+            if first and first.eventId != event.id:
+                raise Refusal(422, "Idempotency-Key was used for another event")
+            if first:
+                return first
+            if not event.availableTickets:
+                raise Refusal(400, "Booking failed: sold out")
+            booking = Booking(self.last_booking + 1, event.id, request.user)
+            self.emit("booking.created", booking)
+            self._add(booking)
+            if key:
+                self.answered[request.user, key] = booking
+            if len(self.answered) > self.REMEMBERED_KEYS:
+                self.answered.popitem(last=False)
+            self._put(event._replace(availableTickets=event.availableTickets - 1))
+            return booking
+
+    def cancel_booking(self, request):
+        """Cancel a booking of one's own; its ticket is free again."""
+        with self.lock:
+            booking = self.read_booking(request)
+            self.emit("booking.cancelled", booking)
+            del self.bookings[booking.id]
+            del self.by_event[booking.eventId][booking.customerId][booking.id]
+            event = self.events[booking.eventId]
+            self._put(event._replace(availableTickets=event.availableTickets + 1))
+            return booking
+
+    def read_event(self, request):
+        """Read an event."""
+        with self.lock:
+            if request.id not in self.events:
+                raise Refusal(404, "Event not found")
+            return self.events[request.id]
+
+    def read_booking(self, request):
+        """Read a booking of one's own."""
+        with self.lock:
+            if request.id not in self.bookings:
+                raise Refusal(404, "Booking not found")
+            if self.bookings[request.id].customerId != request.user:
+                raise Refusal(403, "Access denied")
+            return self.bookings[request.id]
+
+    def list_events(self, request):
+        """List the events; ?available=true leaves out those sold out."""
+        if not request.query:
+            return whole_list(self, self.changes)
+        wanted = request.parameters(EVENT_PAGE)
+        with self.lock:
+            events = list(self.events.values())
+        if wanted.get("available") == "true":
+            events = [event for event in events if event.availableTickets]
+        return page(events, wanted)
+
+    def list_event_bookings(self, request):
+        """List an event's live bookings."""
+        with self.lock:
+            return self._page(self.by_event[self.read_event(request).id], request)
+
+    def list_own_bookings(self, request):
+        """List one's own live bookings."""
+        with self.lock:
+            return self._page(self.by_customer[request.user], request)
+
+    def _page(self, shares, request):
+        bookings = sorted(live for share in shares.values() for live in share.values())
+        return page(bookings, request.parameters(PAGE))
+
+    def _add(self, booking):
+        self.last_booking = booking.id
+        self.bookings[booking.id] = booking
+        share = self.by_event[booking.eventId].setdefault(booking.customerId, {})
+        self.by_customer[booking.customerId][booking.eventId] = share
+        share[booking.id] = booking
+
+    def _put(self, event):
+        self.changes += 1
+        event = event._replace(etag=f'"{self.run}-{self.changes}"')
+        self.events[event.id] = event
+        return event
+
+
+@functools.lru_cache(maxsize=1)
+def whole_list(store, _changes):
+    """The plain list of events, encoded once a change and not once a request."""
+    with store.lock:
+        answer = page(list(store.events.values()), {})
+    return answer._replace(content=encode(answer.content))
+
+
+# ---- Routes ------------------------------------------------------------------
+# Who may do what: said in one table, checked in one place, before any operation runs.
+
+
+def describe(_store, _request):
+    """Say what this is and what it can do."""
+    does = [{**route._asdict(), "does": route.does.__doc__} for route in ROUTES]
+    return Answer(200, {"service": "eventbook", "version": VERSION, "routes": does})
+
+
+def allow(_store, request):
+    """Say which methods a path has."""
+    return Answer(204, None, {"Allow": ", ".join(routes_at(request.path))})
+
+
+C, O, EITHER, NOBODY = [CUSTOMER], [ORGANIZER], [ORGANIZER, CUSTOMER], []
+Route = namedtuple("Route", "method path roles does message")
+ROUTES = [
+    Route("POST", "/api/events", O, Store.create_event, None),
+    Route("PUT", "/api/events/:id", O, Store.update_event, "Event updated"),
+    Route("GET", "/api/events", C, Store.list_events, None),
+    Route("POST", "/api/events/:id/book", C, Store.book_ticket, "Booking successful"),
+    Route("DELETE", "/api/bookings/:id", C, Store.cancel_booking, "Booking cancelled"),
+    Route("GET", "/api/events/:id", EITHER, Store.read_event, None),
+    Route("GET", "/api/events/:id/bookings", O, Store.list_event_bookings, None),
+    Route("GET", "/api/bookings", C, Store.list_own_bookings, None),
+    Route("GET", "/api/bookings/:id", C, Store.read_booking, None),
+    Route("GET", "/", NOBODY, describe, None),
+]
+METHODS = "GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split()
+ID = re.compile("(?<=/)[0-9]{1,4000}(?=/|$)")  # int() takes no more than 4,300 digits
+
+BY_PATH = defaultdict(dict)  # path -> method -> Route
+for _route in ROUTES:
+    for _path in _route.path.rstrip("/"), "*":
+        BY_PATH[_path][_route.method] = _route
+        if _route.method == "GET":
+            BY_PATH[_path]["HEAD"] = _route
+for _routes in BY_PATH.values():
+    _routes["OPTIONS"] = Route("OPTIONS", None, NOBODY, allow, None)
+
+
+def routes_at(path):
+    """{method: Route} for a path; refuses (404)."""
+    path = ID.sub(":id", path).removesuffix("/")
+    if path not in BY_PATH:
+        raise Refusal(404, "Not found")
+    return BY_PATH[path]
+
+
+def admit(request):
+    """The Route of a request that may take it; refuses (404, 405, 501, 401, 403)."""
+    routes, user = routes_at(request.path), request.fields.get("user-id")
+    if request.method not in METHODS:
+        raise Refusal(501, "Method not implemented")
+    if request.method not in routes:
+        raise Refusal(405, "Method not allowed", allow(None, request).fields)
+    route = routes[request.method]
+    if route.roles and user not in USERS:
+        raise Refusal(401, "Unauthorized", {"WWW-Authenticate": "user-id"})
+    if route.roles and USERS[user] not in route.roles:
+        raise Refusal(403, "Access denied")
+    return route
+
+
+def perform(store, request):
+    """The Answer to a request; refuses."""
+    route, ids = admit(request), ID.findall(request.path) or [0]
+    user = int(request.fields["user-id"]) if route.roles else None
+    record = route.does(store, request._replace(id=int(ids[0]), user=user))
+    if isinstance(record, Answer):
+        return record
+    kind, content, fields = type(record).__name__.lower(), visible(record), {}
+    if route.method == "POST":
+        fields["Location"] = f"/api/{kind}s/{record.id}"
+    if kind == "event":
+        fields["ETag"] = record.etag
+    if route.message:
+        content = {"message": route.message, kind: content}
+    return Answer(201 if route.method == "POST" else 200, content, fields)
+
+
+# ---- Reading a request -------------------------------------------------------
+# The library hands the header to an e-mail parser, which forgives folded lines, bare
+# line feeds, a missing Host, two lengths. Each is a way to make two servers disagree
+# on where a request ends (request smuggling). So nothing is forgiven here: the whole
+# head must match one pattern before any of it is believed. RFC 9112, sections 2 to 7.
+
+LINE_LIMIT = 8 * 1024  # octets of the request line, as in nginx
+HEADER_LIMIT = 16 * 1024  # octets of all field lines, as in Node.js
+FIELDS_LIMIT = 100  # field lines, as in Apache
+CONTENT_LIMIT = 64 * 1024  # octets, a hundred times what an event needs
+
+TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+LINE = f"({TOKEN}) ([!-~]+) HTTP/([0-9][.][0-9])\r\n"
+FIELD = f"{TOKEN}:[\t -~\x80-\xff]*\r\n"
+WHOLE_HEAD = re.compile(f"{LINE}((?:{FIELD})*)")
+PART_OF_HEAD = re.compile(f"({LINE}({FIELD})*)?[\t -~\x80-\xff]*\r?")
+AUTHORITY = r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%-]+)(:[0-9]{0,5})?"
+HOST = re.compile(AUTHORITY)
+ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
+
+
+def read_head(inbox):
+    """(Request, octets read), or (None, 0) if more must arrive; refuses (400, 411, 413,
+    414, 431, 505) as soon as nothing that arrives could mend it."""
+    end = inbox.find(b"\r\n\r\n") + 2
+    if end > 1:
+        return parse_head(inbox[:end]), end + 2
+    text = inbox.decode("latin-1")
+    check_size(text)
+    if not PART_OF_HEAD.fullmatch(text):
+        raise Refusal(400, "Malformed request")
+    return None, 0
+
+
+def check_size(text):
+    """Refuse (414, 431) a head, or part of one, that is too large."""
+    line, _, header = text.partition("\r")
+    if len(line) > LINE_LIMIT:
+        raise Refusal(414, "Request line too long")
+    header = header.strip("\r\n")
+    if len(header) > HEADER_LIMIT or header.count("\n") >= FIELDS_LIMIT:
+        raise Refusal(431, "Header too large")
+
+
+@functools.lru_cache(maxsize=128)  # one client's heads are mostly alike
+def parse_head(octets):
+    """The Request that a whole head makes; refuses."""
+    text = octets.decode("latin-1")
+    check_size(text)
+    match = WHOLE_HEAD.fullmatch(text)
+    if not match:
+        raise Refusal(400, "Malformed request line or field line")
+    method, target, version, lines = match.groups()
+    if version not in ("1.0", "1.1"):
+        raise Refusal(505, "HTTP/1.0 and HTTP/1.1 are spoken here")
+    fields = {}  # repeated ones joined by a comma, which those that must be single lack
+    for line in lines.split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return understand(method, target, version, fields)
+
+
+def understand(method, target, version, fields):
+    """The Request that a well-formed head means; refuses."""
+    host, length = fields.get("host"), fields.get("content-length", "0")
+    if not HOST.fullmatch(host or "") and (version == "1.1" or host is not None):
+        raise Refusal(400, "Exactly one valid Host is needed")
+    if not re.fullmatch("[0-9]+", length):
+        raise Refusal(400, "Invalid Content-Length")
+    if "transfer-encoding" in fields:
+        status = 400 if "content-length" in fields else 411
+        raise Refusal(status, "Content-Length is needed, and no Transfer-Encoding")
+    target = ABSOLUTE_FORM.sub("/", target)
+    if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
+        raise Refusal(400, "Invalid request target")
+    if len(length) > 9 or int(length) > CONTENT_LIMIT:
+        raise Refusal(413, "Content too large")
+    path, _, query = target.partition("?")
+    options = re.split("[ \t]*,[ \t]*", fields.get("connection", "").lower())
+    persistent = version == "1.1" and "close" not in options
+    expects = version == "1.1" and fields.get("expect", "").lower() == "100-continue"
+    return Request(method, path, query, fields, int(length), persistent, expects)
+
+
+# ---- Connections -------------------------------------------------------------
+# A connection is a generator: straight-line code that yields where it would wait. On
+# a non-blocking socket, in the server's loop, it yields; on a blocking one, in a thread
+# of its own, it waits.
+
+MORE, NEXT, LAST = "more octets", "next request", "nothing"  # what follows an answer
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+STANDING = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+JSON = "Content-Type: application/json; charset=utf-8\r\n"
+http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
+
+
+def octets_of(answer, last, with_content):
+    """An Answer as it is sent; every one is made here."""
+    status, content, fields = answer
+    head = f"HTTP/1.1 {status} {Handler.responses[status][0]}\r\n{STANDING}"
+    head += f"Date: {http_date(int(time.time()), usegmt=True)}\r\n"
+    if content is not None:
+        content = content if isinstance(content, bytes) else encode(content)
+        head += f"{JSON}Content-Length: {len(content)}\r\n"
+    if last:
+        head += "Connection: close\r\n"
+    head += "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+    return f"{head}\r\n".encode() + (content if with_content and content else b"")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A connection. Its deadline is for the answer to be taken, then for a request."""
+
+    def setup(self):
+        self.request.setblocking(False)
+        # Nagle's algorithm would hold answers back for 40 ms.
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.inbox, self.has_thread, self.surplus = b"", False, False
+        self.deadline = time.monotonic() + self.server.request_time
+
+    def handle(self):
+        self.steps = self.converse()
+
+    def finish(self):
+        """Nothing yet: handle() has only made the generator that the server runs."""
+
+    def converse(self):
+        """The connection's life: yields the event it waits for, returns at its end."""
+        then = MORE
+        while then is not LAST:
+            if then is MORE:
+                octets = yield from self.receive()
+                if not octets:
+                    return
+                self.inbox += octets
+            octets, then = self.respond()
+            yield from self.send(octets)
+            if then is not MORE:
+                self.deadline = time.monotonic() + self.server.request_time
+        if self.inbox:  # close() would take the answer back while input is unread
+            self.request.shutdown(socket.SHUT_WR)
+            self.deadline = time.monotonic() + self.server.linger_time
+            while (yield from self.receive()):
+                pass
+
+    def receive(self):
+        yield selectors.EVENT_READ
+        while True:
+            try:
+                return self.request.recv(64 * 1024)
+            except BlockingIOError:
+                yield selectors.EVENT_READ
+
+    def send(self, octets):
+        while octets:
+            try:
+                octets = octets[self.request.send(octets) :]
+            except BlockingIOError:
+                yield selectors.EVENT_WRITE
+
+    def respond(self):
+        """(octets to send, what follows them), as far as the inbox goes."""
+        request = None
+        try:
+            head, start, end = self.next_head()
+            if len(self.inbox) < end:
+                return self.invite(head, start), MORE
+            request = head._replace(content=self.inbox[start:end])
+            self.inbox = self.inbox[end:]
+            answer = perform(self.server.store, request)
+        except Refusal as refusal:
+            answer = refusal.answer
+        except Exception:
+            self.server.handle_error(self.request, self.client_address)
+            answer = Answer(500, {"error": "Internal server error"})
+        self.deadline = time.monotonic() + self.server.answer_time
+        # A refusal without a request is one of its framing: what follows is unknown.
+        last = not request or not request.persistent or self.server.stopping
+        octets = octets_of(answer, last, not request or request.method != "HEAD")
+        return octets, LAST if last else NEXT if self.inbox else MORE
+
+    def next_head(self):
+        """(Request without content, where that begins, where it ends); refuses."""
+        if self.surplus:
+            raise Refusal(503, "All connections are at work", {"Retry-After": "1"})
+        if self.inbox.startswith(b"\r\n"):
+            self.inbox = self.inbox[2:]  # RFC 9112, section 2.2
+        head, start = read_head(self.inbox)
+        return head, start, start + head.length if head else len(self.inbox) + 1
+
+    def invite(self, head, start):
+        """The octets that ask for content, if that is waited for; refuses."""
+        if not head or not head.expects or len(self.inbox) > start:
+            return b""
+        admit(head)
+        return CONTINUE
+
+
+class Server(ThreadingHTTPServer):
+    """The connections, and the loop that serves them.
+
+    Threads that pass the interpreter's lock around spend more time on that than on the
+    requests. So one waits for all clients at once, and serves whoever is ready.
+    """
+
+    allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
+    request_queue_size = 512
+    connection_limit = 512 if os.name == "posix" else 500  # as many as select() takes
+    request_time = answer_time = 15.0  # seconds for all of it, however slowly it comes
+    linger_time = 2.0  # seconds for a client to read why it was refused
+    grace_time = 3.0  # seconds for requests that have begun when the server stops
+
+    def __init__(self, address, store):
+        """Listen; raises OSError, or UnicodeError for a strange host."""
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, Handler)
+        self.socket.setblocking(False)
+        self.store, self.stopping, self.handlers = store, False, set()
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self, selectors.EVENT_READ)
+
+    def server_bind(self):
+        super(HTTPServer, self).server_bind()  # HTTPServer's own asks the DNS, slowly
+
+    def serve_forever(self, poll_interval=0.5):
+        """Serve until shutdown(), then until what has begun is answered."""
+        while not self.stopping:
+            self.serve_for(poll_interval)
+        self.welcome()
+        self.selector.unregister(self)
+        self.socket.close()
+        end = time.monotonic() + self.grace_time
+        while self.handlers and time.monotonic() < end:
+            self.serve_for(0.05)
+
+    def shutdown(self):
+        """Make serve_forever() return before long; does not wait for it."""
+        self.stopping = True
+
+    def serve_for(self, seconds):
+        """Serve whoever is ready; then drop whose time is up, or who idles at the end."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for key, _ in self.selector.select(seconds):
+                if key.data:
+                    self.advance(key.data)
+                else:
+                    self.welcome()
+        for handler in list(self.handlers):
+            if handler.deadline < end or self.stopping and not handler.inbox:
+                self.drop(handler)
+
+    def welcome(self):
+        """Accept all who wait to be; if there is no room, the longest idle makes it."""
+        while True:
+            try:
+                request, address = self.get_request()
+            except BlockingIOError:
+                return
+            except OSError:  # out of descriptors, or the client has left again
+                return None if self.make_room() else time.sleep(0.05)
+            handler = Handler(request, address, self)
+            if len(self.handlers) >= self.connection_limit:
+                handler.surplus = not self.make_room()
+            self.handlers.add(handler)
+            self.selector.register(request, selectors.EVENT_READ, handler)
+            self.advance(handler)
+            self.advance(handler)
+
+    def make_room(self):
+        """Drop who has waited longest; False if all are at work."""
+        waiting = [handler for handler in self.handlers if not handler.has_thread]
+        if waiting:
+            self.drop(min(waiting, key=lambda handler: handler.deadline))
+        return bool(waiting)
+
+    def drop(self, handler):
+        if handler.has_thread:
+            with contextlib.suppress(OSError):
+                handler.request.shutdown(socket.SHUT_RDWR)
+        else:
+            self.end(handler)
+
+    def advance(self, handler):
+        """Run a connection to its next wait, True, or its end, False."""
+        try:
+            event = next(handler.steps)
+            if event == selectors.EVENT_WRITE:
+                self.selector.unregister(handler.request)
+                handler.has_thread = True
+                self.process_request(handler.request, handler)
+            return True
+        except (StopIteration, OSError):
+            pass
+        except Exception:
+            self.handle_error(handler.request, handler.client_address)
+        self.end(handler)
+        return False
+
+    def process_request_thread(self, request, handler):
+        """Serve a client that does not take its answers, in a thread of its own."""
+        request.setblocking(True)
+        while self.advance(handler):
+            pass
+
+    def end(self, handler):
+        if not handler.has_thread:
+            self.selector.unregister(handler.request)
+        self.handlers.discard(handler)
+        self.shutdown_request(handler.request)
+
+    def handle_error(self, request, client_address):
+        with contextlib.suppress(OSError, ValueError):
+            super().handle_error(request, client_address)
+
+
+# ---- The command line --------------------------------------------------------
+
+
+def port_number(text):
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port from 0 to 65535")
+    return int(text)
+
+
+def parse_options():
+    """What the command line and PORT say; exits with 2 if that is wrong."""
+    users = "".join(f"  user-id: {user}  {role}\n" for user, role in USERS.items())
+    example = "  curl -H 'user-id: 2' http://localhost:3000/api/events"
+    parser = argparse.ArgumentParser(
+        prog="eventbook.py",
+        description="An event booking backend over HTTP.",
+        epilog=f"example:\n{example}\n\nusers:\n{users}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    log = os.path.join(os.path.dirname(os.path.abspath(__file__)), LOG)
+    port, option = os.environ.get("PORT") or "3000", parser.add_argument
+    option("-p", "--port", type=port_number, default=port, help="0: any; %(default)s")
+    option("--host", default="127.0.0.1", help="to listen on; %(default)s")
+    option("--log", metavar="FILE", default=log, help="JSON Lines; %(default)s")
+    option("--version", action="version", version=f"eventbook {VERSION}")
+    return parser.parse_args()
+
+
+def console():
+    """write(text) for stdout, past buffers that could fail, or wait, at exit."""
+    if sys.stdout is None:
+        return len
+    raw = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
+    return lambda text: raw.write(text.encode(sys.stdout.encoding, "replace"))
+
+
+def open_store(log_path, notifier):
+    """A Store whose changes are logged, then told; raises OSError."""
+    store, log = Store(), Log(log_path)
+    store.on("booking.created", log)
+    store.on("booking.cancelled", log)
+    store.on("booking.created", notifier.confirm)
+    store.on("event.updated", notifier.announce)
+    return store
+
+
+def main():
+    options, notifier = parse_options(), Notifier(console())
+    try:
+        advice = f"cannot write {options.log}; name another file with --log"
+        store = open_store(options.log, notifier)
+        advice = f"cannot listen on {options.host}:{options.port}; try --port 0"
+        server = Server((options.host, options.port), store)
+    except (OSError, UnicodeError) as error:
+        sys.exit(f"eventbook: {advice} ({error})")
+
+    def stop(_signal, _frame):
+        server.shutdown()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    host = "localhost" if options.host == "127.0.0.1" else options.host
+    notifier.say(f"eventbook listens on http://{host}:{server.server_address[1]}")
+    notifier.start()
+    server.serve_forever()
+    notifier.close(timeout=1)
+
+
+if __name__ == "__main__":
+    main()
