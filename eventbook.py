@@ -7,14 +7,13 @@ Organizers create and update events, customers list them, book tickets and cance
 
     event      Event(1, "Tech Conference 2026", "2026-02-15", 3, etag='"5f0c-1"')
     booking    Booking(1, 1, 2): booking 1 is one ticket of event 1 for customer 2
+    operation  Store.book(store, request): what a route does
     refusal    Refusal(404, "Event not found"): raised anywhere, answered in one place
-    operation  Store.book_ticket(store, request): what a route does
     head       b"GET / HTTP/1.1\\r\\nHost: a\\r\\n": a request up to its empty line
 
-Three laws hold throughout:
 1. State changes only inside Store, under its lock, and only after every observer has
    let it pass: a booking's line is in the log before the booking exists.
-2. Above the route table nothing knows how HTTP is read and written; below it nothing
+2. Above the routes nothing knows how HTTP is read and written; below them nothing
    knows what a booking is.
 3. One thread serves all clients; one that keeps it waiting goes on in its own thread.
 """
@@ -126,18 +125,19 @@ class Request(namedtuple("Request", HEAD + " content id user", defaults=(b"", 0,
             raise Refusal(400, "Invalid JSON: an object is wanted")
         return value
 
-    def parameters(self, rules):
-        """The query's parameters that have a rule, numbers as int; refuses (400)."""
-        pairs = urllib.parse.parse_qsl(self.query, keep_blank_values=True)
-        number = re.compile("[0-9]{1,18}").fullmatch
-        values = {k: int(v) if number(v) else v for k, v in pairs if k in rules}
-        check(rules, values)
-        return values
-
     def matches(self, etag):
         """Whether If-Match lets this version be changed (RFC 9110, section 13.1.1)."""
         tags = re.findall(r'\*|(?:W/)?"[^"]*"', self.fields.get("if-match", "*"))
         return "*" in tags or etag in tags
+
+
+def parameters(query, rules):
+    """The query's parameters that have a rule, numbers as int; refuses (400)."""
+    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
+    number = re.compile("[0-9]{1,18}").fullmatch
+    values = {k: int(v) if number(v) else v for k, v in pairs if k in rules}
+    check(rules, values)
+    return values
 
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -176,12 +176,13 @@ class Observable:
         self.observers[name].append(observer)
 
     def emit(self, name, data):
-        """Call the observers in turn; what one raises stops the rest and the change.
-
-        One that may raise must come first, or others hear of what never happens.
-        """
+        """Call them in turn; one that raises stops the others, and the change. So who
+        may raise must come first, or others hear of what never happens."""
         for observer in self.observers[name]:
             observer(name, data)
+
+
+LINE = '{"event":"%s","timestamp":"%s","data":{"id":%d,"eventId":%d,"customerId":%d}}\n'
 
 
 class Log:
@@ -198,8 +199,7 @@ class Log:
     def __call__(self, name, booking):
         """Append a line, or refuse (503) and leave the file as it was."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        entry = {"event": name, "timestamp": now[:-6] + "Z", "data": booking._asdict()}
-        line = encode(entry)
+        line = (LINE % (name, now.replace("+00:00", "Z"), *booking)).encode()
         try:
             written = self.file.write(line)
             if written < len(line):
@@ -269,7 +269,7 @@ class Store(Observable):
         self.by_customer = defaultdict(dict)  # customer id -> event id -> the same dict
         self.answered = OrderedDict()  # (customer id, Idempotency-Key) -> Booking
 
-    def create_event(self, request):
+    def create(self, request):
         """Put an event on sale."""
         given = request.json()
         values = {name: given.get(name) for name in CREATE}
@@ -277,11 +277,11 @@ class Store(Observable):
         with self.lock:
             return self._put(Event(len(self.events) + 1, **values, etag=None))
 
-    def update_event(self, request):
+    def update(self, request):
         """Change an event; the customers who have booked it are told."""
         values = request.json()
         with self.lock:
-            event = self.read_event(request)
+            event = self.event(request)
             if not request.matches(event.etag):
                 raise Refusal(412, "Event has changed", {"ETag": event.etag})
             check({**UPDATE, "id": integer(event.id, event.id)}, values)
@@ -291,11 +291,11 @@ class Store(Observable):
             changed = event._replace(**values)
             return event if changed == event else self._put(changed)
 
-    def book_ticket(self, request):
+    def book(self, request):
         """Book one ticket; with an Idempotency-Key it is safe to ask again."""
         key = request.fields.get("idempotency-key")
         with self.lock:
-            event = self.read_event(request)
+            event = self.event(request)
             check(KEY, {} if key is None else {"Idempotency-Key": key})
             first = self.answered.get((request.user, key))
             if first and first.eventId != event.id:
@@ -314,10 +314,10 @@ class Store(Observable):
             self._put(event._replace(availableTickets=event.availableTickets - 1))
             return booking
 
-    def cancel_booking(self, request):
+    def cancel(self, request):
         """Cancel a booking of one's own; its ticket is free again."""
         with self.lock:
-            booking = self.read_booking(request)
+            booking = self.booking(request)
             self.emit("booking.cancelled", booking)
             del self.bookings[booking.id]
             del self.by_event[booking.eventId][booking.customerId][booking.id]
@@ -325,14 +325,14 @@ class Store(Observable):
             self._put(event._replace(availableTickets=event.availableTickets + 1))
             return booking
 
-    def read_event(self, request):
+    def event(self, request):
         """Read an event."""
         with self.lock:
             if request.id not in self.events:
                 raise Refusal(404, "Event not found")
             return self.events[request.id]
 
-    def read_booking(self, request):
+    def booking(self, request):
         """Read a booking of one's own."""
         with self.lock:
             if request.id not in self.bookings:
@@ -343,28 +343,21 @@ class Store(Observable):
 
     def list_events(self, request):
         """List the events; ?available=true leaves out those sold out."""
-        if not request.query:
-            return whole_list(self, self.changes)
-        wanted = request.parameters(EVENT_PAGE)
-        with self.lock:
-            events = list(self.events.values())
-        if wanted.get("available") == "true":
-            events = [event for event in events if event.availableTickets]
-        return page(events, wanted)
+        return event_list(self, request.query, self.changes)
 
-    def list_event_bookings(self, request):
+    def list_bookings(self, request):
         """List an event's live bookings."""
         with self.lock:
-            return self._page(self.by_event[self.read_event(request).id], request)
+            return self._page(self.by_event[self.event(request).id], request)
 
-    def list_own_bookings(self, request):
+    def list_own(self, request):
         """List one's own live bookings."""
         with self.lock:
             return self._page(self.by_customer[request.user], request)
 
     def _page(self, shares, request):
         bookings = sorted(live for share in shares.values() for live in share.values())
-        return page(bookings, request.parameters(PAGE))
+        return page(bookings, parameters(request.query, PAGE))
 
     def _add(self, booking):
         self.last_booking = booking.id
@@ -380,11 +373,15 @@ class Store(Observable):
         return event
 
 
-@functools.lru_cache(maxsize=1)
-def whole_list(store, _changes):
-    """The plain list of events, encoded once a change and not once a request."""
+@functools.lru_cache(maxsize=4)
+def event_list(store, query, _changes):
+    """The list of events: made and encoded once a change, not once a request."""
+    wanted = parameters(query, EVENT_PAGE)
     with store.lock:
-        answer = page(list(store.events.values()), {})
+        events = list(store.events.values())
+    if wanted.get("available") == "true":
+        events = [event for event in events if event.availableTickets]
+    answer = page(events, wanted)
     return answer._replace(content=encode(answer.content))
 
 
@@ -394,8 +391,11 @@ def whole_list(store, _changes):
 
 def describe(_store, _request):
     """Say what this is and what it can do."""
-    does = [{**route._asdict(), "does": route.does.__doc__} for route in ROUTES]
-    return Answer(200, {"service": "eventbook", "version": VERSION, "routes": does})
+    routes = [
+        {"method": method, "path": path, "roles": roles, "does": operation.__doc__}
+        for method, path, roles, operation, _ in ROUTES
+    ]
+    return Answer(200, {"service": "eventbook", "version": VERSION, "routes": routes})
 
 
 def allow(_store, request):
@@ -403,31 +403,29 @@ def allow(_store, request):
     return Answer(204, None, {"Allow": ", ".join(routes_at(request.path))})
 
 
-C, O, EITHER, NOBODY = [CUSTOMER], [ORGANIZER], [ORGANIZER, CUSTOMER], []
-Route = namedtuple("Route", "method path roles does message")
+Route = namedtuple("Route", "method path roles operation message")
 ROUTES = [
-    Route("POST", "/api/events", O, Store.create_event, None),
-    Route("PUT", "/api/events/:id", O, Store.update_event, "Event updated"),
-    Route("GET", "/api/events", C, Store.list_events, None),
-    Route("POST", "/api/events/:id/book", C, Store.book_ticket, "Booking successful"),
-    Route("DELETE", "/api/bookings/:id", C, Store.cancel_booking, "Booking cancelled"),
-    Route("GET", "/api/events/:id", EITHER, Store.read_event, None),
-    Route("GET", "/api/events/:id/bookings", O, Store.list_event_bookings, None),
-    Route("GET", "/api/bookings", C, Store.list_own_bookings, None),
-    Route("GET", "/api/bookings/:id", C, Store.read_booking, None),
-    Route("GET", "/", NOBODY, describe, None),
+    Route("POST", "/api/events", [ORGANIZER], Store.create, None),
+    Route("PUT", "/api/events/:id", [ORGANIZER], Store.update, "Event updated"),
+    Route("GET", "/api/events", [CUSTOMER], Store.list_events, None),
+    Route("POST", "/api/events/:id/book", [CUSTOMER], Store.book, "Booking successful"),
+    Route("DELETE", "/api/bookings/:id", [CUSTOMER], Store.cancel, "Booking cancelled"),
+    Route("GET", "/api/events/:id", [ORGANIZER, CUSTOMER], Store.event, None),
+    Route("GET", "/api/events/:id/bookings", [ORGANIZER], Store.list_bookings, None),
+    Route("GET", "/api/bookings", [CUSTOMER], Store.list_own, None),
+    Route("GET", "/api/bookings/:id", [CUSTOMER], Store.booking, None),
+    Route("GET", "/", [], describe, None),
 ]
 METHODS = "GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split()
 ID = re.compile("(?<=/)[0-9]{1,4000}(?=/|$)")  # int() takes no more than 4,300 digits
 
 BY_PATH = defaultdict(dict)  # path -> method -> Route
-for _route in ROUTES:
-    for _path in _route.path.rstrip("/"), "*":
-        BY_PATH[_path][_route.method] = _route
-        if _route.method == "GET":
-            BY_PATH[_path]["HEAD"] = _route
-for _routes in BY_PATH.values():
-    _routes["OPTIONS"] = Route("OPTIONS", None, NOBODY, allow, None)
+for route in ROUTES:
+    for path in route.path.rstrip("/"), "*":
+        BY_PATH[path][route.method] = route
+        if route.method == "GET":
+            BY_PATH[path]["HEAD"] = route
+        BY_PATH[path]["OPTIONS"] = Route("OPTIONS", path, [], allow, None)
 
 
 def routes_at(path):
@@ -453,11 +451,12 @@ def admit(request):
     return route
 
 
-def perform(store, request):
+def perform(store, head, content):
     """The Answer to a request; refuses."""
-    route, ids = admit(request), ID.findall(request.path) or [0]
-    user = int(request.fields["user-id"]) if route.roles else None
-    record = route.does(store, request._replace(id=int(ids[0]), user=user))
+    route, ids = admit(head), ID.findall(head.path)
+    user = int(head.fields["user-id"]) if route.roles else None
+    request = head._replace(content=content, id=int(ids[0]) if ids else 0, user=user)
+    record = route.operation(store, request)
     if isinstance(record, Answer):
         return record
     kind, content, fields = type(record).__name__.lower(), visible(record), {}
@@ -482,10 +481,10 @@ FIELDS_LIMIT = 100  # field lines, as in Apache
 CONTENT_LIMIT = 64 * 1024  # octets, a hundred times what an event needs
 
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-LINE = f"({TOKEN}) ([!-~]+) HTTP/([0-9][.][0-9])\r\n"
+REQUEST = f"({TOKEN}) ([!-~]+) HTTP/([0-9][.][0-9])\r\n"
 FIELD = f"{TOKEN}:[\t -~\x80-\xff]*\r\n"
-WHOLE_HEAD = re.compile(f"{LINE}((?:{FIELD})*)")
-PART_OF_HEAD = re.compile(f"({LINE}({FIELD})*)?[\t -~\x80-\xff]*\r?")
+WHOLE_HEAD = re.compile(f"{REQUEST}((?:{FIELD})*)")
+PART_OF_HEAD = re.compile(f"({REQUEST}({FIELD})*)?[\t -~\x80-\xff]*\r?")
 AUTHORITY = r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%-]+)(:[0-9]{0,5})?"
 HOST = re.compile(AUTHORITY)
 ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
@@ -494,10 +493,11 @@ ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
 def read_head(inbox):
     """(Request, octets read), or (None, 0) if more must arrive; refuses (400, 411, 413,
     414, 431, 505) as soon as nothing that arrives could mend it."""
-    end = inbox.find(b"\r\n\r\n") + 2
+    begin = 2 if inbox.startswith(b"\r\n") else 0  # RFC 9112, section 2.2
+    end = inbox.find(b"\r\n\r\n", begin) + 2
     if end > 1:
-        return parse_head(inbox[:end]), end + 2
-    text = inbox.decode("latin-1")
+        return parse_head(inbox[begin:end]), end + 2
+    text = inbox[begin:].decode("latin-1")
     check_size(text)
     if not PART_OF_HEAD.fullmatch(text):
         raise Refusal(400, "Malformed request")
@@ -560,7 +560,6 @@ def understand(method, target, version, fields):
 # a non-blocking socket, in the server's loop, it yields; on a blocking one, in a thread
 # of its own, it waits.
 
-MORE, NEXT, LAST = "more octets", "next request", "nothing"  # what follows an answer
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 STANDING = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
 JSON = "Content-Type: application/json; charset=utf-8\r\n"
@@ -582,14 +581,15 @@ def octets_of(answer, last, with_content):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A connection. Its deadline is for the answer to be taken, then for a request."""
+    """A connection. Until its deadline it may send a request, or take an answer."""
+
+    inbox, close_connection, invited = b"", False, False
+    has_thread = surplus = False  # the server's marks
 
     def setup(self):
         self.request.setblocking(False)
         # Nagle's algorithm would hold answers back for 40 ms.
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.inbox, self.has_thread, self.surplus = b"", False, False
-        self.deadline = time.monotonic() + self.server.request_time
 
     def handle(self):
         self.steps = self.converse()
@@ -598,31 +598,32 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing yet: handle() has only made the generator that the server runs."""
 
     def converse(self):
-        """The connection's life: yields the event it waits for, returns at its end."""
-        then = MORE
-        while then is not LAST:
-            if then is MORE:
-                octets = yield from self.receive()
-                if not octets:
-                    return
-                self.inbox += octets
-            octets, then = self.respond()
-            yield from self.send(octets)
-            if then is not MORE:
-                self.deadline = time.monotonic() + self.server.request_time
-        if self.inbox:  # close() would take the answer back while input is unread
+        """The connection from begin to end; yields the event it waits for."""
+        while not self.close_connection:
+            octets = self.inbox and self.respond()
+            if octets:
+                yield from self.send(octets)
+            elif not (yield from self.receive()):
+                return
+        if self.inbox:  # unread input would make close() take back the answer
             self.request.shutdown(socket.SHUT_WR)
             self.deadline = time.monotonic() + self.server.linger_time
             while (yield from self.receive()):
                 pass
 
     def receive(self):
+        """Add what arrives to the inbox; False at the end of it."""
+        if not self.inbox:
+            self.deadline = time.monotonic() + self.server.request_time
         yield selectors.EVENT_READ
         while True:
             try:
-                return self.request.recv(64 * 1024)
+                octets = self.request.recv(64 * 1024)
             except BlockingIOError:
                 yield selectors.EVENT_READ
+            else:
+                self.inbox = octets if self.close_connection else self.inbox + octets
+                return bool(octets)
 
     def send(self, octets):
         while octets:
@@ -632,49 +633,40 @@ class Handler(BaseHTTPRequestHandler):
                 yield selectors.EVENT_WRITE
 
     def respond(self):
-        """(octets to send, what follows them), as far as the inbox goes."""
-        request = None
+        """What to send next; nothing if more must arrive first."""
+        head, complete = None, False
         try:
-            head, start, end = self.next_head()
-            if len(self.inbox) < end:
-                return self.invite(head, start), MORE
-            request = head._replace(content=self.inbox[start:end])
-            self.inbox = self.inbox[end:]
-            answer = perform(self.server.store, request)
+            if self.surplus:
+                raise Refusal(503, "All connections are at work", {"Retry-After": "1"})
+            head, start = read_head(self.inbox)
+            content = self.inbox[start : start + head.length] if head else b""
+            if not head or len(content) < head.length:
+                return self.invite(head, content)
+            self.inbox, complete = self.inbox[start + head.length :], True
+            answer = perform(self.server.store, head, content)
         except Refusal as refusal:
             answer = refusal.answer
         except Exception:
             self.server.handle_error(self.request, self.client_address)
             answer = Answer(500, {"error": "Internal server error"})
+        # What follows a request that was refused before its end is no request.
+        last = not complete or not head.persistent or self.server.stopping
+        self.close_connection, self.invited = last, False
         self.deadline = time.monotonic() + self.server.answer_time
-        # A refusal without a request is one of its framing: what follows is unknown.
-        last = not request or not request.persistent or self.server.stopping
-        octets = octets_of(answer, last, not request or request.method != "HEAD")
-        return octets, LAST if last else NEXT if self.inbox else MORE
+        return octets_of(answer, last, not head or head.method != "HEAD")
 
-    def next_head(self):
-        """(Request without content, where that begins, where it ends); refuses."""
-        if self.surplus:
-            raise Refusal(503, "All connections are at work", {"Retry-After": "1"})
-        if self.inbox.startswith(b"\r\n"):
-            self.inbox = self.inbox[2:]  # RFC 9112, section 2.2
-        head, start = read_head(self.inbox)
-        return head, start, start + head.length if head else len(self.inbox) + 1
-
-    def invite(self, head, start):
-        """The octets that ask for content, if that is waited for; refuses."""
-        if not head or not head.expects or len(self.inbox) > start:
+    def invite(self, head, content):
+        """Ask once for the content, if the client waits to be asked; refuses."""
+        if self.invited or content or not head or not head.expects:
             return b""
         admit(head)
+        self.invited = True
         return CONTINUE
 
 
 class Server(ThreadingHTTPServer):
-    """The connections, and the loop that serves them.
-
-    Threads that pass the interpreter's lock around spend more time on that than on the
-    requests. So one waits for all clients at once, and serves whoever is ready.
-    """
+    """The loop that serves whoever is ready. A thread for each connection would spend
+    more time on passing on the interpreter's lock than on requests."""
 
     allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
     request_queue_size = 512
@@ -711,7 +703,7 @@ class Server(ThreadingHTTPServer):
         self.stopping = True
 
     def serve_for(self, seconds):
-        """Serve whoever is ready; then drop whose time is up, or who idles at the end."""
+        """Serve whoever is ready; then hang up on the overdue, at the end on the idle."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for key, _ in self.selector.select(seconds):
@@ -721,7 +713,7 @@ class Server(ThreadingHTTPServer):
                     self.welcome()
         for handler in list(self.handlers):
             if handler.deadline < end or self.stopping and not handler.inbox:
-                self.drop(handler)
+                self.hang_up(handler)
 
     def welcome(self):
         """Accept all who wait to be; if there is no room, the longest idle makes it."""
@@ -731,34 +723,32 @@ class Server(ThreadingHTTPServer):
             except BlockingIOError:
                 return
             except OSError:  # out of descriptors, or the client has left again
-                return None if self.make_room() else time.sleep(0.05)
+                return self.make_room() or time.sleep(0.05)
             handler = Handler(request, address, self)
             if len(self.handlers) >= self.connection_limit:
                 handler.surplus = not self.make_room()
             self.handlers.add(handler)
             self.selector.register(request, selectors.EVENT_READ, handler)
-            self.advance(handler)
-            self.advance(handler)
+            self.advance(handler) and self.advance(handler)
 
     def make_room(self):
-        """Drop who has waited longest; False if all are at work."""
+        """Hang up on who has waited longest; False if all are at work."""
         waiting = [handler for handler in self.handlers if not handler.has_thread]
         if waiting:
-            self.drop(min(waiting, key=lambda handler: handler.deadline))
+            self.hang_up(min(waiting, key=lambda handler: handler.deadline))
         return bool(waiting)
 
-    def drop(self, handler):
-        if handler.has_thread:
-            with contextlib.suppress(OSError):
-                handler.request.shutdown(socket.SHUT_RDWR)
-        else:
-            self.end(handler)
+    def hang_up(self, handler):
+        """Let whoever runs the connection find an end of input, and so end it."""
+        handler.deadline = float("inf")
+        how = socket.SHUT_RDWR if handler.has_thread else socket.SHUT_RD
+        with contextlib.suppress(OSError):
+            handler.request.shutdown(how)
 
     def advance(self, handler):
-        """Run a connection to its next wait, True, or its end, False."""
+        """Run a connection to its next wait; False if it has come to its end."""
         try:
-            event = next(handler.steps)
-            if event == selectors.EVENT_WRITE:
+            if next(handler.steps) == selectors.EVENT_WRITE:
                 self.selector.unregister(handler.request)
                 handler.has_thread = True
                 self.process_request(handler.request, handler)
@@ -767,20 +757,17 @@ class Server(ThreadingHTTPServer):
             pass
         except Exception:
             self.handle_error(handler.request, handler.client_address)
-        self.end(handler)
+        self.handlers.discard(handler)
+        if not handler.has_thread:
+            self.selector.unregister(handler.request)
+        self.shutdown_request(handler.request)
         return False
 
     def process_request_thread(self, request, handler):
-        """Serve a client that does not take its answers, in a thread of its own."""
+        """Serve who does not take his answer, in the thread that the base has made."""
         request.setblocking(True)
         while self.advance(handler):
             pass
-
-    def end(self, handler):
-        if not handler.has_thread:
-            self.selector.unregister(handler.request)
-        self.handlers.discard(handler)
-        self.shutdown_request(handler.request)
 
     def handle_error(self, request, client_address):
         with contextlib.suppress(OSError, ValueError):
