@@ -588,18 +588,18 @@ class Handler(BaseHTTPRequestHandler):
     has_thread = surplus = False  # the server's marks
 
     def setup(self):
-        self.request.setblocking(False)
-        # Nagle's algorithm would hold answers back for 40 ms.
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-
-    def handle(self):
         self.steps = self.converse()
 
-    def finish(self):
-        """Nothing yet: handle() has only made the generator that the server runs."""
+    def handle(self):
+        """Nothing yet: the server runs the steps when there is something to do."""
+
+    finish = handle
 
     def converse(self):
         """The connection from begin to end; yields the event it waits for."""
+        self.request.setblocking(False)
+        # Nagle's algorithm would hold answers back for 40 ms.
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         while not self.close_connection:
             octets = self.inbox and self.respond()
             if octets:
@@ -736,7 +736,7 @@ class Server(ThreadingHTTPServer):
 
     def make_room(self):
         """Hang up on who has waited longest; False if all are at work."""
-        waiting = [handler for handler in self.handlers if not handler.has_thread]
+        waiting = [each for each in list(self.handlers) if not each.has_thread]
         if waiting:
             self.hang_up(min(waiting, key=lambda handler: handler.deadline))
         return bool(waiting)
