@@ -38,7 +38,8 @@ from datetime import date, datetime, timezone
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 VERSION = "1.0.0"
-LOG = os.path.join("logs", "events.log.jsonl")
+HERE = os.path.dirname(os.path.abspath(__file__))
+DEFAULT_LOG = os.path.join(HERE, "logs", "events.log.jsonl")
 
 # ---- Records and rules -------------------------------------------------------
 # What the rest is about. A record never changes: another takes its place. A rule is a
@@ -798,11 +799,10 @@ def parse_options():
         epilog=f"example:\n{example}\n\nusers:\n{users}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    log = os.path.join(os.path.dirname(os.path.abspath(__file__)), LOG)
     port, option = os.environ.get("PORT") or "3000", parser.add_argument
     option("-p", "--port", type=port_number, default=port, help="0: any; %(default)s")
     option("--host", default="127.0.0.1", help="to listen on; %(default)s")
-    option("--log", metavar="FILE", default=log, help="JSON Lines; %(default)s")
+    option("--log", metavar="FILE", default=DEFAULT_LOG, help="%(default)s")
     option("--version", action="version", version=f"eventbook {VERSION}")
     return parser.parse_args()
 
@@ -829,6 +829,8 @@ def main():
     options, notifier = parse_options(), Notifier(console())
     try:
         advice = f"cannot write {options.log}; name another file with --log"
+        if options.log == DEFAULT_LOG:
+            os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
         store = open_store(options.log, notifier)
         advice = f"cannot listen on {options.host}:{options.port}; try --port 0"
         server = Server((options.host, options.port), store)
