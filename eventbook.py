@@ -789,20 +789,26 @@ def port_number(text):
     return int(text)
 
 
+class Parser(argparse.ArgumentParser):
+    def format_help(self):
+        return (
+            f"eventbook: an event booking backend over HTTP\n\n{super().format_help()}"
+        )
+
+
 def parse_options():
     """What the command line and PORT say; exits with 2 if that is wrong."""
     users = "".join(f"  user-id: {user}  {role}\n" for user, role in USERS.items())
     example = "  curl -H 'user-id: 2' http://localhost:3000/api/events"
-    parser = argparse.ArgumentParser(
-        prog="eventbook.py",
-        description="An event booking backend over HTTP.",
-        epilog=f"example:\n{example}\n\nusers:\n{users}",
+    parser = Parser(
+        epilog=f"users:\n{users}\nexample:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     port, option = os.environ.get("PORT") or "3000", parser.add_argument
-    option("-p", "--port", type=port_number, default=port, help="0: any; %(default)s")
-    option("--host", default="127.0.0.1", help="to listen on; %(default)s")
-    option("--log", metavar="FILE", default=DEFAULT_LOG, help="%(default)s")
+    words = "where to listen, 0 for any free port (default: $PORT, or else 3000)"
+    option("-p", "--port", type=port_number, default=port, help=words)
+    option("--host", default="127.0.0.1", help="default: %(default)s")
+    option("--log", metavar="FILE", default=DEFAULT_LOG, help="default: %(default)s")
     option("--version", action="version", version=f"eventbook {VERSION}")
     return parser.parse_args()
 
