@@ -421,9 +421,9 @@ ROUTES = [
 METHODS = "GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split()
 ID = re.compile("(?<=/)[0-9]{1,4000}(?=/|$)")  # int() takes no more than 4,300 digits
 
-BY_PATH = defaultdict(dict)  # path -> method -> Route
+BY_PATH = defaultdict(dict)  # path, an id in it a space -> method -> Route
 for route in ROUTES:
-    for path in route.path.rstrip("/"), "*":
+    for path in route.path.rstrip("/").replace(":id", " "), "*":
         BY_PATH[path][route.method] = route
         if route.method == "GET":
             BY_PATH[path]["HEAD"] = route
@@ -432,7 +432,7 @@ for route in ROUTES:
 
 def routes_at(path):
     """{method: Route} for a path; refuses (404)."""
-    path = ID.sub(":id", path).removesuffix("/")
+    path = ID.sub(" ", path).removesuffix("/")
     if path not in BY_PATH:
         raise Refusal(404, "Not found")
     return BY_PATH[path]
@@ -838,7 +838,7 @@ def main():
         if options.log == DEFAULT_LOG:
             os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
         store = open_store(options.log, notifier)
-        advice = f"cannot listen on {options.host}:{options.port}; try --port 0"
+        advice = f"cannot listen on {options.host}:{options.port}; try another --port or --host"
         server = Server((options.host, options.port), store)
     except (OSError, UnicodeError) as error:
         sys.exit(f"eventbook: {advice} ({error})")
