@@ -548,13 +548,14 @@ def understand(method, target, version, fields):
     target = ABSOLUTE_FORM.sub("/", target)
     if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
         raise Refusal(400, "Invalid request target")
-    if len(length) > 9 or int(length) > CONTENT_LIMIT:
+    length = int(length.lstrip("0")[:9] or 0)  # int() takes no more than 4,300 digits
+    if length > CONTENT_LIMIT:
         raise Refusal(413, "Content too large")
     path, _, query = target.partition("?")
     options = re.split("[ \t]*,[ \t]*", fields.get("connection", "").lower())
     persistent = version == "1.1" and "close" not in options
     expects = version == "1.1" and fields.get("expect", "").lower() == "100-continue"
-    return Request(method, path, query, fields, int(length), persistent, expects)
+    return Request(method, path, query, fields, length, persistent, expects)
 
 
 # ---- Connections -------------------------------------------------------------
@@ -688,6 +689,7 @@ class Server(ThreadingHTTPServer):
 
     def server_bind(self):
         super(HTTPServer, self).server_bind()  # HTTPServer's own asks the DNS, slowly
+        self.server_port = self.server_address[1]
 
     def serve_forever(self, poll_interval=0.5):
         """Serve until shutdown(), then until what has begun is answered."""
@@ -849,8 +851,9 @@ def main():
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    host = "localhost" if options.host == "127.0.0.1" else options.host
-    notifier.say(f"eventbook listens on http://{host}:{server.server_address[1]}")
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    url = f"http://{host}:{server.server_port}".replace("127.0.0.1", "localhost")
+    notifier.say(f"eventbook listens on {url}")
     notifier.start()
     server.serve_forever()
     notifier.close(timeout=2)
