@@ -9,13 +9,13 @@ Organizers create and update events, customers list them, book tickets and cance
     booking    Booking(1, 1, 2): booking 1 is one ticket of event 1 for customer 2
     operation  Store.book(store, request): what a route does
     refusal    Refusal(404, "Event not found"): raised anywhere, answered in one place
-    head       b"GET / HTTP/1.1\\r\\nHost: a\\r\\n": a request up to its empty line
+    inbox      b"GET / HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n": what a client has sent, unread
 
 1. State changes only inside Store, under its lock, and only after every observer has
    let it pass: a booking's line is in the log before the booking exists.
-2. Above the routes nothing knows how HTTP is read and written; below them nothing
-   knows what a booking is.
-3. One thread serves all clients; one that keeps it waiting goes on in its own thread.
+2. Down to the routes, HTTP is no more than a Request and an Answer. From there to the
+   command line, nothing knows what a booking is.
+3. One thread serves all clients; one that does not take its answer gets its own thread.
 """
 
 import argparse
@@ -42,15 +42,15 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_LOG = os.path.join(HERE, "logs", "events.log.jsonl")
 
 # ---- Records and rules -------------------------------------------------------
-# What the rest is about. A record never changes: another takes its place. A rule is a
-# test and the words for what would pass it.
+# The nouns, and what is valid. A record never changes: another takes its place. A rule
+# is a test and the words for what would pass it.
 
 ORGANIZER, CUSTOMER = "ORGANIZER", "CUSTOMER"
 USERS = {"1": ORGANIZER, "2": CUSTOMER, "3": CUSTOMER}  # by user-id, as assigned
 
 Event = namedtuple("Event", "id title date availableTickets etag")
 Booking = namedtuple("Booking", "id eventId customerId")
-Answer = namedtuple("Answer", "status content fields", defaults=({},))
+Answer = namedtuple("Answer", "status content fields", defaults=({},))  # of a route
 
 
 class Refusal(Exception):
@@ -88,7 +88,11 @@ CREATE = {
     "availableTickets": integer(1, 10**9),
 }
 UPDATE = {**CREATE, "availableTickets": integer(0, 10**9)}  # 0 stops the sale
-PAGE = {"limit": integer(1, 1000), "offset": integer(0, 10**18)}
+NUMBER = "[0-9]{1,4000}"  # int() takes no more than 4,300 digits
+PAGE = {
+    "limit": integer(1, 1000),
+    "offset": (lambda value: type(value) is int, "an integer from 0 up"),
+}
 EVENT_PAGE = {**PAGE, "available": (["true", "false"].count, "true or false")}
 VISIBLE = re.compile("[!-~]{1,255}").fullmatch
 KEY = {"Idempotency-Key": (VISIBLE, "1 to 255 visible characters")}
@@ -96,7 +100,7 @@ UNKNOWN = (lambda value: False, "no field of this name is known")
 
 
 def check(rules, values):
-    """Refuse (400) the values that fail their rules or have none, all at once."""
+    """Refuse (400) values that fail their rules, or for which there is no rule."""
     failed = {}
     for name, value in values.items():
         passes, words = rules.get(name, UNKNOWN)
@@ -109,11 +113,12 @@ def check(rules, values):
 # ---- Requests and answers ----------------------------------------------------
 # What an operation is given, and how what it returns is shown.
 
-HEAD = "method path query fields length persistent expects"
+# What a head says (fields by lower-case name), and what is known only later.
+PARTS = "method path query fields length persistent expects", " content id user"
 
 
-class Request(namedtuple("Request", HEAD + " content id user", defaults=(b"", 0, 0))):
-    """What a head says; and the content, the id in the path, and whose request it is."""
+class Request(namedtuple("Request", PARTS[0] + PARTS[1], defaults=(b"", 0, 0))):
+    """What an operation is given; id is that in the path, user the number of one."""
 
     def json(self):
         """The content as a dict, empty if there is none; refuses (400)."""
@@ -127,15 +132,15 @@ class Request(namedtuple("Request", HEAD + " content id user", defaults=(b"", 0,
         return value
 
     def matches(self, etag):
-        """Whether If-Match lets this version be changed (RFC 9110, section 13.1.1)."""
-        tags = re.findall(r'\*|(?:W/)?"[^"]*"', self.fields.get("if-match", "*"))
-        return "*" in tags or etag in tags
+        """Whether If-Match lets an event with this ETag change: RFC 9110, 13.1.1."""
+        tags = [tag.strip() for tag in self.fields.get("if-match", "*").split(",")]
+        return tags == ["*"] or etag in tags
 
 
 def parameters(query, rules):
     """The query's parameters that have a rule, numbers as int; refuses (400)."""
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-    number = re.compile("[0-9]{1,18}").fullmatch
+    number = re.compile(NUMBER).fullmatch
     values = {k: int(v) if number(v) else v for k, v in pairs if k in rules}
     check(rules, values)
     return values
@@ -177,8 +182,8 @@ class Observable:
         self.observers[name].append(observer)
 
     def emit(self, name, data):
-        """Call them in turn; one that raises stops the others, and the change. So who
-        may raise must come first, or others hear of what never happens."""
+        """Call them in turn; what one raises stops the rest, and the change. Those that
+        may raise must therefore come first, or others hear of what never happens."""
         for observer in self.observers[name]:
             observer(name, data)
 
@@ -187,10 +192,10 @@ LINE = '{"event":"%s","timestamp":"%s","data":{"id":%d,"eventId":%d,"customerId"
 
 
 class Log:
-    """A JSON Lines file. A line once in it survives this process, a power cut not."""
+    """A JSON Lines file: an appended line survives kill -9, though not a power cut."""
 
     def __init__(self, path):
-        """Open or create it, and end a half line that a crash has left; OSError."""
+        """Open or create it, and end the half line of a crash; raises OSError."""
         self.file = open(path, "a+b", buffering=0)
         if os.path.getsize(path):
             self.file.seek(-1, os.SEEK_END)
@@ -214,7 +219,7 @@ class Log:
 class Notifier(threading.Thread):
     """Prints lines from its own thread, in order; survives a console that fails."""
 
-    GATHER = 0.01  # seconds, since waking up for each line slows bookings by a fifth
+    GATHER = 0.01  # seconds; waking up for every line would slow bookings down
 
     def __init__(self, write):
         """write(text) prints; it may raise OSError or ValueError."""
@@ -249,7 +254,8 @@ class Notifier(threading.Thread):
 
 # ---- Store -------------------------------------------------------------------
 # Everything there is, in dicts, and the operations: a Request in, a record or an Answer
-# out. However many bookings there are, only the lists of them take longer.
+# out. However many bookings there are, only lists of them take longer. The operations'
+# docstrings are what GET / tells of them.
 
 
 class Store(Observable):
@@ -259,16 +265,17 @@ class Store(Observable):
 
     def __init__(self):
         super().__init__()
-        # The law of the lock: an operation is one `with`, check and change together.
-        # Observers run under it too, so the order of log lines is that of the changes.
+        # The law of the lock: what reads or changes the dicts is one `with`, check and
+        # change together. Observers run under it, so log lines are in order of changes.
         self.lock = threading.RLock()
-        self.run, self.changes = os.urandom(6).hex(), 0  # the two make ETags unique
+        self.run, self.changes = os.urandom(6).hex(), 0  # make ETags that never return
         self.events = {}  # event id -> Event
         self.bookings = {}  # booking id -> Booking, while it lives
         self.last_booking = 0
-        self.by_event = defaultdict(dict)  # event id -> customer id -> their bookings
-        self.by_customer = defaultdict(dict)  # customer id -> event id -> the same dict
-        self.answered = OrderedDict()  # (customer id, Idempotency-Key) -> Booking
+        # Both lead to one dict for a customer's live bookings of an event, by id.
+        self.by_event = defaultdict(dict)  # event id -> customer id -> bookings
+        self.by_customer = defaultdict(dict)  # customer id -> event id -> bookings
+        self.by_key = OrderedDict()  # (customer id, Idempotency-Key) -> first Booking
 
     def create(self, request):
         """Put an event on sale."""
@@ -286,9 +293,9 @@ class Store(Observable):
             if not request.matches(event.etag):
                 raise Refusal(412, "Event has changed", {"ETag": event.etag})
             check({**UPDATE, "id": integer(event.id, event.id)}, values)
-            shares = self.by_event[event.id].items()
-            first = {next(iter(share)): customer for customer, share in shares if share}
-            self.emit("event.updated", [first[booking] for booking in sorted(first)])
+            live = [pair for pair in self.by_event[event.id].items() if pair[1]]
+            live.sort(key=lambda pair: next(iter(pair[1])))  # by the first live booking
+            self.emit("event.updated", [customer for customer, _ in live])
             same = event._replace(**values) == event
             return event if same else self._put(event, values)
 
@@ -299,7 +306,7 @@ class Store(Observable):
             event = self.event(request)
             if key is not None:
                 check(KEY, {"Idempotency-Key": key})
-            first = self.answered.get((request.user, key))
+            first = self.by_key.get((request.user, key))
             if first and first.eventId != event.id:
                 raise Refusal(422, "Idempotency-Key was used for another event")
             if first:
@@ -310,9 +317,9 @@ class Store(Observable):
             self.emit("booking.created", booking)
             self._add(booking)
             if key:
-                self.answered[request.user, key] = booking
-            if len(self.answered) > self.REMEMBERED_KEYS:
-                self.answered.popitem(last=False)
+                self.by_key[request.user, key] = booking
+            if len(self.by_key) > self.REMEMBERED_KEYS:
+                self.by_key.popitem(last=False)
             self._put(event, {"availableTickets": event.availableTickets - 1})
             return booking
 
@@ -357,16 +364,16 @@ class Store(Observable):
         with self.lock:
             return self._page(self.by_customer[request.user], request)
 
-    def _page(self, shares, request):
-        bookings = sorted(live for share in shares.values() for live in share.values())
+    def _page(self, groups, request):
+        bookings = sorted(each for group in groups.values() for each in group.values())
         return page(bookings, parameters(request.query, PAGE))
 
     def _add(self, booking):
         self.last_booking = booking.id
         self.bookings[booking.id] = booking
-        share = self.by_event[booking.eventId].setdefault(booking.customerId, {})
-        self.by_customer[booking.customerId][booking.eventId] = share
-        share[booking.id] = booking
+        group = self.by_event[booking.eventId].setdefault(booking.customerId, {})
+        self.by_customer[booking.customerId][booking.eventId] = group
+        group[booking.id] = booking
 
     def _put(self, event, values):
         self.changes += 1
@@ -377,7 +384,7 @@ class Store(Observable):
 
 @functools.lru_cache(maxsize=4)
 def event_list(store, query, _changes):
-    """The list of events: made and encoded once a change, not once a request."""
+    """The list as it is since so many changes, or newer; encoded once, not each time."""
     wanted = parameters(query, EVENT_PAGE)
     with store.lock:
         events = list(store.events.values())
@@ -419,7 +426,7 @@ ROUTES = [
     Route("GET", "/", [], describe, None),
 ]
 METHODS = "GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split()
-ID = re.compile("(?<=/)[0-9]{1,4000}(?=/|$)")  # int() takes no more than 4,300 digits
+ID = re.compile(f"(?<=/){NUMBER}(?=/|$)")
 
 BY_PATH = defaultdict(dict)  # path, an id in it a space -> method -> Route
 for route in ROUTES:
@@ -483,11 +490,12 @@ FIELDS_LIMIT = 100  # field lines, as in Apache
 CONTENT_LIMIT = 64 * 1024  # octets, a hundred times what an event needs
 
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST = f"({TOKEN}) ([!-~]+) HTTP/([0-9][.][0-9])\r\n"
+REQUEST = f'({TOKEN}) ([!"$-~]+) HTTP/([0-9][.][0-9])\r\n'
 FIELD = f"{TOKEN}:[\t -~\x80-\xff]*\r\n"
 WHOLE_HEAD = re.compile(f"{REQUEST}((?:{FIELD})*)")
 PART_OF_HEAD = re.compile(f"({REQUEST}({FIELD})*)?[\t -~\x80-\xff]*\r?")
-AUTHORITY = r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%-]+)(:[0-9]{0,5})?"
+NAME = "([0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"
+AUTHORITY = rf"({NAME}|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\])(:[0-9]{{0,5}})?"
 HOST = re.compile(AUTHORITY)
 ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
 
@@ -508,11 +516,10 @@ def read_head(inbox):
 
 def check_size(text):
     """Refuse (414, 431) a head, or part of one, that is too large."""
-    line, _, header = text.partition("\r")
-    if len(line) > LINE_LIMIT:
+    line, _, header = text.partition("\r\n")
+    if len(line.rstrip("\r")) > LINE_LIMIT:
         raise Refusal(414, "Request line too long")
-    header = header.strip("\r\n")
-    if len(header) > HEADER_LIMIT or header.count("\n") >= FIELDS_LIMIT:
+    if len(header.rstrip("\r")) > HEADER_LIMIT or header.count("\r\n") > FIELDS_LIMIT:
         raise Refusal(431, "Header too large")
 
 
@@ -532,10 +539,10 @@ def parse_head(octets):
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    return understand(method, target, version, fields)
+    return interpret(method, target, version, fields)
 
 
-def understand(method, target, version, fields):
+def interpret(method, target, version, fields):
     """The Request that a well-formed head means; refuses."""
     host, length = fields.get("host"), fields.get("content-length", "0")
     if not HOST.fullmatch(host or "") and (version == "1.1" or host is not None):
@@ -559,9 +566,9 @@ def understand(method, target, version, fields):
 
 
 # ---- Connections -------------------------------------------------------------
-# A connection is a generator: straight-line code that yields where it would wait. On
-# a non-blocking socket, in the server's loop, it yields; on a blocking one, in a thread
-# of its own, it waits.
+# A connection is a generator: straight-line code that yields where it would wait. In
+# the server's loop, on a non-blocking socket, it yields; in a thread of its own, on a
+# blocking one, it waits.
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 STANDING = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
@@ -570,7 +577,7 @@ http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 
 def octets_of(answer, last, with_content):
-    """An Answer as it is sent; every one is made here."""
+    """An Answer as it is sent; every one is made here. Content may be encoded already."""
     status, content, fields = answer
     head = f"HTTP/1.1 {status} {Handler.responses[status][0]}\r\n{STANDING}"
     head += f"Date: {http_date(int(time.time()), usegmt=True)}\r\n"
@@ -584,7 +591,7 @@ def octets_of(answer, last, with_content):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A connection. Until its deadline it may send a request, or take an answer."""
+    """A connection. It has until its deadline to send a request or take an answer."""
 
     inbox, close_connection, invited = b"", False, False
     has_thread = surplus = False  # the server's marks
@@ -629,6 +636,7 @@ class Handler(BaseHTTPRequestHandler):
                 return bool(octets)
 
     def send(self, octets):
+        octets = memoryview(octets)
         while octets:
             try:
                 octets = octets[self.request.send(octets) :]
@@ -636,8 +644,9 @@ class Handler(BaseHTTPRequestHandler):
                 yield selectors.EVENT_WRITE
 
     def respond(self):
-        """What to send next; nothing if more must arrive first."""
+        """The octets to send next: an answer, 100 Continue, or none until more comes."""
         head, complete = None, False
+        with_content = not self.inbox.startswith((b"HEAD ", b"\r\nHEAD "))
         try:
             if self.surplus:
                 raise Refusal(503, "All connections are at work", {"Retry-After": "1"})
@@ -652,11 +661,11 @@ class Handler(BaseHTTPRequestHandler):
         except Exception:
             self.server.handle_error(self.request, self.client_address)
             answer = Answer(500, {"error": "Internal server error"})
-        # What follows a request that was refused before its end is no request.
+        # Where an incomplete request is refused, the next one's begin is unknown.
         last = not complete or not head.persistent or self.server.stopping
         self.close_connection, self.invited = last, False
         self.deadline = time.monotonic() + self.server.answer_time
-        return octets_of(answer, last, not head or head.method != "HEAD")
+        return octets_of(answer, last, with_content)
 
     def invite(self, head, content):
         """Ask once for the content, if the client waits to be asked; refuses."""
@@ -668,8 +677,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """The loop that serves whoever is ready. A thread for each connection would spend
-    more time on passing on the interpreter's lock than on requests."""
+    """The loop that serves whoever is ready. Threads that serve a connection each spend
+    more time on handing the interpreter's lock around than on requests."""
 
     allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
     request_queue_size = 512
@@ -726,19 +735,20 @@ class Server(ThreadingHTTPServer):
         while True:
             try:
                 request, address = self.get_request()
-            except BlockingIOError:
+            except (BlockingIOError, ConnectionError):  # nobody, or not any more
                 return
-            except OSError:  # out of descriptors, or the client has left again
+            except OSError:  # out of descriptors
                 return self.make_room() or time.sleep(0.05)
             handler = Handler(request, address, self)
             if len(self.handlers) >= self.connection_limit:
                 handler.surplus = not self.make_room()
             self.handlers.add(handler)
             self.selector.register(request, selectors.EVENT_READ, handler)
-            self.advance(handler) and self.advance(handler)
+            if self.advance(handler):  # to its first wait, which is often over already
+                self.advance(handler)
 
     def make_room(self):
-        """Hang up on who has waited longest; False if all are at work."""
+        """Hang up on the client whose time is nearest its end; False if all take answers."""
         waiting = [each for each in list(self.handlers) if not each.has_thread]
         if waiting:
             self.hang_up(min(waiting, key=lambda handler: handler.deadline))
@@ -766,16 +776,19 @@ class Server(ThreadingHTTPServer):
         except Exception:
             self.handle_error(handler.request, handler.client_address)
         self.handlers.discard(handler)
-        if not handler.has_thread:
+        with contextlib.suppress(KeyError):  # while it has a thread it is not there
             self.selector.unregister(handler.request)
         self.shutdown_request(handler.request)
         return False
 
     def process_request_thread(self, request, handler):
-        """Serve who does not take his answer, in the thread that the base has made."""
+        """In a thread that process_request() made: wait until the answer is taken."""
         request.setblocking(True)
-        while self.advance(handler):
-            pass
+        if self.advance(handler):  # to where it waits for the next request
+            request.setblocking(False)
+            handler.has_thread = False
+            with contextlib.suppress(ValueError):  # the server has just hung up
+                self.selector.register(request, selectors.EVENT_READ, handler)
 
     def handle_error(self, request, client_address):
         with contextlib.suppress(OSError, ValueError):
