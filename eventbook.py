@@ -9,7 +9,7 @@ Organizers create and update events, customers list them, book tickets and cance
     booking    Booking(1, 1, 2): booking 1 is one ticket of event 1 for customer 2
     operation  Store.book(store, request): what a route does
     refusal    Refusal(404, "Event not found"): raised anywhere, answered in one place
-    inbox      b"GET / HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n": what a client has sent, unread
+    inbox      b"GET / HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n": what has arrived of requests
 
 1. State changes only inside Store, under its lock, and only after every observer has
    let it pass: a booking's line is in the log before the booking exists.
@@ -113,12 +113,12 @@ def check(rules, values):
 # ---- Requests and answers ----------------------------------------------------
 # What an operation is given, and how what it returns is shown.
 
-# What a head says (fields by lower-case name), and what is known only later.
-PARTS = "method path query fields length persistent expects", " content id user"
+REQUEST = "method path query fields length persistent expects content id user"
 
 
-class Request(namedtuple("Request", PARTS[0] + PARTS[1], defaults=(b"", 0, 0))):
-    """What an operation is given; id is that in the path, user the number of one."""
+class Request(namedtuple("Request", REQUEST, defaults=(b"", 0, 0))):
+    """What an operation is given: what the head says, then the content, the id in the
+    path and the user's number. The names of fields are in lower case."""
 
     def json(self):
         """The content as a dict, empty if there is none; refuses (400)."""
@@ -384,7 +384,7 @@ class Store(Observable):
 
 @functools.lru_cache(maxsize=4)
 def event_list(store, query, _changes):
-    """The list as it is since so many changes, or newer; encoded once, not each time."""
+    """The list after so many changes, or more; encoded once, not for each request."""
     wanted = parameters(query, EVENT_PAGE)
     with store.lock:
         events = list(store.events.values())
@@ -490,10 +490,10 @@ FIELDS_LIMIT = 100  # field lines, as in Apache
 CONTENT_LIMIT = 64 * 1024  # octets, a hundred times what an event needs
 
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST = f'({TOKEN}) ([!"$-~]+) HTTP/([0-9][.][0-9])\r\n'
-FIELD = f"{TOKEN}:[\t -~\x80-\xff]*\r\n"
-WHOLE_HEAD = re.compile(f"{REQUEST}((?:{FIELD})*)")
-PART_OF_HEAD = re.compile(f"({REQUEST}({FIELD})*)?[\t -~\x80-\xff]*\r?")
+REQUEST_LINE = f'({TOKEN}) ([!"$-~]+) HTTP/([0-9][.][0-9])\r\n'
+FIELD_LINE = f"{TOKEN}:[\t -~\x80-\xff]*\r\n"
+WHOLE_HEAD = re.compile(f"{REQUEST_LINE}((?:{FIELD_LINE})*)")
+PART_OF_HEAD = re.compile(f"({REQUEST_LINE}({FIELD_LINE})*)?[\t -~\x80-\xff]*\r?")
 NAME = "([0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"
 AUTHORITY = rf"({NAME}|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\])(:[0-9]{{0,5}})?"
 HOST = re.compile(AUTHORITY)
@@ -577,7 +577,7 @@ http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 
 def octets_of(answer, last, with_content):
-    """An Answer as it is sent; every one is made here. Content may be encoded already."""
+    """An Answer as it is sent; all are made here. Bytes count as encoded already."""
     status, content, fields = answer
     head = f"HTTP/1.1 {status} {Handler.responses[status][0]}\r\n{STANDING}"
     head += f"Date: {http_date(int(time.time()), usegmt=True)}\r\n"
@@ -644,7 +644,7 @@ class Handler(BaseHTTPRequestHandler):
                 yield selectors.EVENT_WRITE
 
     def respond(self):
-        """The octets to send next: an answer, 100 Continue, or none until more comes."""
+        """What to send next: an answer, 100 Continue, or nothing until more arrives."""
         head, complete = None, False
         with_content = not self.inbox.startswith((b"HEAD ", b"\r\nHEAD "))
         try:
@@ -717,7 +717,7 @@ class Server(ThreadingHTTPServer):
         self.stopping = True
 
     def serve_for(self, seconds):
-        """Serve whoever is ready; then hang up on the overdue, at the end on the idle."""
+        """Serve whoever is ready; then hang up on the overdue, finally on the idle."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for key, _ in self.selector.select(seconds):
@@ -748,7 +748,7 @@ class Server(ThreadingHTTPServer):
                 self.advance(handler)
 
     def make_room(self):
-        """Hang up on the client whose time is nearest its end; False if all take answers."""
+        """Hang up on who has waited longest; False if each one is taking an answer."""
         waiting = [each for each in list(self.handlers) if not each.has_thread]
         if waiting:
             self.hang_up(min(waiting, key=lambda handler: handler.deadline))
@@ -853,7 +853,7 @@ def main():
         if options.log == DEFAULT_LOG:
             os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
         store = open_store(options.log, notifier)
-        advice = f"cannot listen on {options.host}:{options.port}; try another --port or --host"
+        advice = f"cannot listen on {options.host}:{options.port}; try another --port"
         server = Server((options.host, options.port), store)
     except (OSError, UnicodeError) as error:
         sys.exit(f"eventbook: {advice} ({error})")
