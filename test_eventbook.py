@@ -1311,6 +1311,19 @@ def test_a_defect_of_ours_changes_nothing(capsys, name, step):
         assert (site.call(*step).status < 300, told) == (True, [name])
 
 
+class Threadless(eventbook.Server):
+    def process_request(self, request, client_address):
+        raise RuntimeError("can't start new thread")
+
+
+def test_a_defect_of_a_connection_ends_that_one_alone(capsys):
+    with serving(eventbook.Store(), Threadless) as site:
+        long_list(site)
+        with stuck_client(site):
+            eventually(lambda: "can't start new thread" in capsys.readouterr().err)
+        assert site.call("GET", "/").status == 200
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_what_cannot_be_logged_does_not_happen():
     with whole_server("/dev/full") as site:
@@ -1531,8 +1544,8 @@ def test_version(launch):
 
 
 def test_the_log_is_beside_the_program_by_default(launch, tmp_path):
-    """Wherever it is started: here a copy of it, from another folder."""
-    (tmp_path / "home" / "logs").mkdir(parents=True)
+    """Wherever it is started: here a copy of it alone, from another folder."""
+    (tmp_path / "home").mkdir()
     process = launch("-p", "0", program=shutil.copy(PROGRAM, tmp_path / "home"))
     site = site_of(process, tmp_path / "home" / "logs" / "events.log.jsonl")
     site.call("POST", "/api/events", 1, EVENT)
