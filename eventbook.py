@@ -11,10 +11,10 @@ Organizers create and update events, customers list them, book tickets and cance
     refusal    Refusal(404, "Event not found"): raised anywhere, answered in one place
     inbox      b"GET / HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n": what has arrived of requests
 
-1. State changes only inside Store, under its lock, and only after every observer has
-   let it pass: a booking's line is in the log before the booking exists.
-2. Down to the routes, HTTP is no more than a Request and an Answer. From there to the
-   command line, nothing knows what a booking is.
+1. State changes only inside Store, under its lock, and only if no observer objects: a
+   booking's line is in the log before the booking exists.
+2. Down to the routes, HTTP is no more than a Request, an Answer and their fields. From
+   there to the command line, nothing knows what a booking is.
 3. One thread serves all clients; one that does not take its answer gets its own thread.
 """
 
@@ -168,7 +168,8 @@ def page(records, wanted):
 
 
 # ---- Observers ---------------------------------------------------------------
-# Who must know of a change hears of it before it is made, and so can prevent it.
+# Who must know of a booking, a cancelling or an update hears of it before it is made,
+# and so can prevent it.
 
 
 class Observable:
@@ -203,7 +204,7 @@ class Log:
                 self.file.write(b"\n")
 
     def __call__(self, name, booking):
-        """Append a line, or refuse (503) and leave the file as it was."""
+        """Append a line, or take back what was written of it and refuse (503)."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = (LINE % (name, now.replace("+00:00", "Z"), *booking)).encode()
         try:
@@ -395,7 +396,7 @@ def event_list(store, query, _changes):
 
 
 # ---- Routes ------------------------------------------------------------------
-# Who may do what: said in one table, checked in one place, before any operation runs.
+# Which role may do what: said in one table, and checked before any operation runs.
 
 
 def describe(_store, _request):
@@ -502,11 +503,11 @@ ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
 
 def read_head(inbox):
     """(Request, octets read), or (None, 0) if more must arrive; refuses (400, 411, 413,
-    414, 431, 505) as soon as nothing that arrives could mend it."""
+    414, 431, 505), what is malformed or too large without waiting for the rest."""
     begin = 2 if inbox.startswith(b"\r\n") else 0  # RFC 9112, section 2.2
-    end = inbox.find(b"\r\n\r\n", begin) + 2
-    if end > 1:
-        return parse_head(inbox[begin:end]), end + 2
+    end = inbox.find(b"\r\n\r\n", begin)
+    if end >= 0:
+        return parse_head(inbox[begin : end + 2]), end + 4
     text = inbox[begin:].decode("latin-1")
     check_size(text)
     if not PART_OF_HEAD.fullmatch(text):
@@ -594,7 +595,7 @@ class Handler(BaseHTTPRequestHandler):
     """A connection. It has until its deadline to send a request or take an answer."""
 
     inbox, close_connection, invited = b"", False, False
-    has_thread = surplus = False  # the server's marks
+    waiting = has_thread = surplus = False  # for a request; as the server decides
 
     def setup(self):
         self.steps = self.converse()
@@ -609,6 +610,7 @@ class Handler(BaseHTTPRequestHandler):
         self.request.setblocking(False)
         # Nagle's algorithm would hold answers back for 40 ms.
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.deadline = time.monotonic() + self.server.request_time
         while not self.close_connection:
             octets = self.inbox and self.respond()
             if octets:
@@ -623,8 +625,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def receive(self):
         """Add what arrives to the inbox; False at the end of it."""
-        if not self.inbox:
-            self.deadline = time.monotonic() + self.server.request_time
+        self.waiting = True
         yield selectors.EVENT_READ
         while True:
             try:
@@ -632,6 +633,7 @@ class Handler(BaseHTTPRequestHandler):
             except BlockingIOError:
                 yield selectors.EVENT_READ
             else:
+                self.waiting = False
                 self.inbox = octets if self.close_connection else self.inbox + octets
                 return bool(octets)
 
@@ -642,6 +644,8 @@ class Handler(BaseHTTPRequestHandler):
                 octets = octets[self.request.send(octets) :]
             except BlockingIOError:
                 yield selectors.EVENT_WRITE
+        if not self.invited:
+            self.deadline = time.monotonic() + self.server.request_time
 
     def respond(self):
         """What to send next: an answer, 100 Continue, or nothing until more arrives."""
@@ -701,7 +705,7 @@ class Server(ThreadingHTTPServer):
         self.server_port = self.server_address[1]
 
     def serve_forever(self, poll_interval=0.5):
-        """Serve until shutdown(), then until what has begun is answered."""
+        """Serve until shutdown(), then for a while those whose request has begun."""
         while not self.stopping:
             self.serve_for(poll_interval)
         self.welcome()
@@ -726,12 +730,12 @@ class Server(ThreadingHTTPServer):
                 elif key.data in self.handlers:  # not ended since by make_room()
                     self.advance(key.data)
         for handler in list(self.handlers):
-            idle = not handler.inbox and not handler.has_thread
+            idle = handler.waiting and not handler.inbox
             if handler.deadline < end or self.stopping and idle:
                 self.hang_up(handler)
 
     def welcome(self):
-        """Accept all who wait to be; if there is no room, the longest idle makes it."""
+        """Accept all newcomers; without room, the one with the least time left goes."""
         while True:
             try:
                 request, address = self.get_request()
@@ -748,8 +752,8 @@ class Server(ThreadingHTTPServer):
                 self.advance(handler)
 
     def make_room(self):
-        """Hang up on who has waited longest; False if each one is taking an answer."""
-        waiting = [each for each in list(self.handlers) if not each.has_thread]
+        """Hang up on who has waited longest; False if nobody waits for a request."""
+        waiting = [each for each in list(self.handlers) if each.waiting]
         if waiting:
             self.hang_up(min(waiting, key=lambda handler: handler.deadline))
         return bool(waiting)
@@ -776,19 +780,16 @@ class Server(ThreadingHTTPServer):
         except Exception:
             self.handle_error(handler.request, handler.client_address)
         self.handlers.discard(handler)
-        with contextlib.suppress(KeyError):  # while it has a thread it is not there
+        if not handler.has_thread:
             self.selector.unregister(handler.request)
         self.shutdown_request(handler.request)
         return False
 
     def process_request_thread(self, request, handler):
-        """In a thread that process_request() made: wait until the answer is taken."""
+        """Serve a client that was slow to its end; process_request() made the thread."""
         request.setblocking(True)
-        if self.advance(handler):  # to where it waits for the next request
-            request.setblocking(False)
-            handler.has_thread = False
-            with contextlib.suppress(ValueError):  # the server has just hung up
-                self.selector.register(request, selectors.EVENT_READ, handler)
+        while self.advance(handler):
+            pass
 
     def handle_error(self, request, client_address):
         with contextlib.suppress(OSError, ValueError):
@@ -837,7 +838,7 @@ def console():
 
 
 def open_store(log_path, notifier):
-    """A Store whose changes are logged, then told; raises OSError."""
+    """A Store whose bookings and cancellings are logged first; raises OSError."""
     store, log = Store(), Log(log_path)
     store.on("booking.created", log)
     store.on("booking.cancelled", log)
