@@ -708,7 +708,7 @@ class Server(ThreadingHTTPServer):
         """Serve until shutdown(), then for a while those whose request has begun."""
         while not self.stopping:
             self.serve_for(poll_interval)
-        self.welcome()
+        self.welcome(self.request_queue_size)
         self.selector.unregister(self)
         self.socket.close()
         end = time.monotonic() + self.grace_time
@@ -721,7 +721,7 @@ class Server(ThreadingHTTPServer):
         self.stopping = True
 
     def serve_for(self, seconds):
-        """Serve whoever is ready; then hang up on the overdue, finally on the idle."""
+        """Serve whoever is ready; then hang up on the overdue, to stop on the idle."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for key, _ in self.selector.select(seconds):
@@ -730,13 +730,15 @@ class Server(ThreadingHTTPServer):
                 elif key.data in self.handlers:  # not ended since by make_room()
                     self.advance(key.data)
         for handler in list(self.handlers):
-            idle = handler.waiting and not handler.inbox
-            if handler.deadline < end or self.stopping and idle:
+            if handler.deadline < end:
                 self.hang_up(handler)
+            elif self.stopping and handler.waiting and not handler.inbox:
+                handler.deadline = end  # unless it has just asked: one more round tells
 
-    def welcome(self):
-        """Accept all newcomers; without room, the one with the least time left goes."""
-        while True:
+    def welcome(self, most=32):
+        """Accept newcomers, but only so many before others are served again; without
+        room, the one who has waited longest goes."""
+        for _ in range(most):
             try:
                 request, address = self.get_request()
             except (BlockingIOError, ConnectionError):  # nobody, or not any more
@@ -748,7 +750,7 @@ class Server(ThreadingHTTPServer):
                 handler.surplus = not self.make_room()
             self.handlers.add(handler)
             self.selector.register(request, selectors.EVENT_READ, handler)
-            if self.advance(handler):  # to its first wait, which is often over already
+            if self.advance(handler) and not self.stopping:  # it has often sent already
                 self.advance(handler)
 
     def make_room(self):
