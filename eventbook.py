@@ -15,7 +15,8 @@ Organizers create and update events, customers list them, book tickets and cance
    booking's line is in the log before the booking exists.
 2. Down to the routes, HTTP is no more than a Request, an Answer and their fields. From
    there to the command line, nothing knows what a booking is.
-3. One thread serves all clients; one that does not take its answer gets its own thread.
+3. One thread serves all clients; one whose answer its socket cannot hold at once goes
+   on in a thread of its own.
 """
 
 import argparse
@@ -87,7 +88,7 @@ CREATE = {
     "date": (is_date, "a real date, like 2026-02-15 or 2026-02-15T19:30"),
     "availableTickets": integer(1, 10**9),
 }
-UPDATE = {**CREATE, "availableTickets": integer(0, 10**9)}  # 0 stops the sale
+UPDATE = {**CREATE, "availableTickets": integer(0, 10**9)}  # 0: none for sale
 NUMBER = "[0-9]{1,4000}"  # int() takes no more than 4,300 digits
 PAGE = {
     "limit": integer(1, 1000),
@@ -124,7 +125,7 @@ class Request(namedtuple("Request", REQUEST, defaults=(b"", 0, 0))):
         """The content as a dict, empty if there is none; refuses (400)."""
         try:
             value = json.loads(self.content.decode() or "{}")
-            encode(value)  # finds NaN, 1e400 and lone surrogates at any depth
+            encode(value)  # refuses NaN, 1e400 and lone surrogates at any depth
         except (ValueError, RecursionError) as error:
             raise Refusal(400, f"Invalid JSON: {error}") from None
         if not isinstance(value, dict):
@@ -193,7 +194,7 @@ LINE = '{"event":"%s","timestamp":"%s","data":{"id":%d,"eventId":%d,"customerId"
 
 
 class Log:
-    """A JSON Lines file: an appended line survives kill -9, though not a power cut."""
+    """A JSON Lines file: an appended line survives kill -9, if no power cut."""
 
     def __init__(self, path):
         """Open or create it, and end the half line of a crash; raises OSError."""
@@ -255,7 +256,7 @@ class Notifier(threading.Thread):
 
 # ---- Store -------------------------------------------------------------------
 # Everything there is, in dicts, and the operations: a Request in, a record or an Answer
-# out. However many bookings there are, only lists of them take longer. The operations'
+# out. However many bookings are live, only lists of them take longer. The operations'
 # docstrings are what GET / tells of them.
 
 
@@ -287,7 +288,7 @@ class Store(Observable):
             return self._put(Event(len(self.events) + 1, **values, etag=None), {})
 
     def update(self, request):
-        """Change an event; the customers who have booked it are told."""
+        """Change an event; the customers with a live booking are told."""
         values = request.json()
         with self.lock:
             event = self.event(request)
@@ -397,6 +398,7 @@ def event_list(store, query, _changes):
 
 # ---- Routes ------------------------------------------------------------------
 # Which role may do what: said in one table, and checked before any operation runs.
+# Whose a booking is, only Store.booking can tell.
 
 
 def describe(_store, _request):
@@ -481,14 +483,15 @@ def perform(store, head, content):
 
 # ---- Reading a request -------------------------------------------------------
 # The library hands the header to an e-mail parser, which forgives folded lines, bare
-# line feeds, a missing Host, two lengths. Each is a way to make two servers disagree
-# on where a request ends (request smuggling). So nothing is forgiven here: the whole
-# head must match one pattern before any of it is believed. RFC 9112, sections 2 to 7.
+# line feeds, two lengths, a missing Host. Such are the ways to make two servers differ
+# on where a request ends, or for whom it is (request smuggling). So nothing is forgiven
+# here but an empty line in front: the whole head must match one pattern before any of
+# it is believed. RFC 9112, sections 2 to 7.
 
-LINE_LIMIT = 8 * 1024  # octets of the request line, as in nginx
-HEADER_LIMIT = 16 * 1024  # octets of all field lines, as in Node.js
-FIELDS_LIMIT = 100  # field lines, as in Apache
-CONTENT_LIMIT = 64 * 1024  # octets, a hundred times what an event needs
+LINE_LIMIT = 8 * 1024  # octets of the request line; nginx's default
+HEADER_LIMIT = 16 * 1024  # octets of all field lines; Node.js's default
+FIELDS_LIMIT = 100  # field lines; Apache's default
+CONTENT_LIMIT = 64 * 1024  # octets; the largest event, all escaped, has 2,500
 
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = f'({TOKEN}) ([!"$-~]+) HTTP/([0-9][.][0-9])\r\n'
@@ -503,7 +506,7 @@ ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
 
 def read_head(inbox):
     """(Request, octets read), or (None, 0) if more must arrive; refuses (400, 411, 413,
-    414, 431, 505), what is malformed or too large without waiting for the rest."""
+    414, 431, 505), a malformed line or too much of it without waiting for the rest."""
     begin = 2 if inbox.startswith(b"\r\n") else 0  # RFC 9112, section 2.2
     end = inbox.find(b"\r\n\r\n", begin)
     if end >= 0:
@@ -524,7 +527,7 @@ def check_size(text):
         raise Refusal(431, "Header too large")
 
 
-@functools.lru_cache(maxsize=128)  # one client's heads are mostly alike
+@functools.lru_cache(maxsize=128)  # a kept-alive client repeats its heads
 def parse_head(octets):
     """The Request that a whole head makes; refuses."""
     text = octets.decode("latin-1")
@@ -567,9 +570,9 @@ def interpret(method, target, version, fields):
 
 
 # ---- Connections -------------------------------------------------------------
-# A connection is a generator: straight-line code that yields where it would wait. In
-# the server's loop, on a non-blocking socket, it yields; in a thread of its own, on a
-# blocking one, it waits.
+# A connection is a generator: straight-line code that yields where it has to wait. The
+# server's loop resumes it when its non-blocking socket is ready; a thread of its own
+# resumes it at once, since on a blocking socket recv and send do the waiting.
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 STANDING = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
@@ -608,7 +611,7 @@ class Handler(BaseHTTPRequestHandler):
     def converse(self):
         """The connection from begin to end; yields the event it waits for."""
         self.request.setblocking(False)
-        # Nagle's algorithm would hold answers back for 40 ms.
+        # Nagle's algorithm would hold back the second of two answers for 40 ms.
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.deadline = time.monotonic() + self.server.request_time
         while not self.close_connection:
@@ -681,12 +684,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """The loop that serves whoever is ready. Threads that serve a connection each spend
-    more time on handing the interpreter's lock around than on requests."""
+    """The loop that serves whoever is ready. A thread for each connection would hand
+    the interpreter's lock around: with 32 of them, a request takes twice the CPU."""
 
     allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
     request_queue_size = 512
-    connection_limit = 512 if os.name == "posix" else 500  # as many as select() takes
+    connection_limit = 512 if os.name == "posix" else 500  # select() takes 512
     request_time = answer_time = 15.0  # seconds for all of it, however slowly it comes
     linger_time = 2.0  # seconds for a client to read why it was refused
     grace_time = 2.0  # seconds for requests that have begun when the server stops
@@ -701,11 +704,11 @@ class Server(ThreadingHTTPServer):
         self.selector.register(self, selectors.EVENT_READ)
 
     def server_bind(self):
-        super(HTTPServer, self).server_bind()  # HTTPServer's own asks the DNS, slowly
+        super(HTTPServer, self).server_bind()  # HTTPServer's own asks the DNS
         self.server_port = self.server_address[1]
 
     def serve_forever(self, poll_interval=0.5):
-        """Serve until shutdown(), then for a while those whose request has begun."""
+        """Serve until shutdown(), then for grace_time those whose request has begun."""
         while not self.stopping:
             self.serve_for(poll_interval)
         self.welcome(self.request_queue_size)
@@ -736,8 +739,7 @@ class Server(ThreadingHTTPServer):
                 handler.deadline = end  # unless it has just asked: one more round tells
 
     def welcome(self, most=32):
-        """Accept newcomers, but only so many before others are served again; without
-        room, the one who has waited longest goes."""
+        """Accept newcomers, but only so many before others are served again."""
         for _ in range(most):
             try:
                 request, address = self.get_request()
@@ -754,14 +756,14 @@ class Server(ThreadingHTTPServer):
                 self.advance(handler)
 
     def make_room(self):
-        """Hang up on who has waited longest; False if nobody waits for a request."""
+        """Hang up on the client whose deadline is next; False if all take answers."""
         waiting = [each for each in list(self.handlers) if each.waiting]
         if waiting:
             self.hang_up(min(waiting, key=lambda handler: handler.deadline))
         return bool(waiting)
 
     def hang_up(self, handler):
-        """End a connection at once."""
+        """End a connection: at once, or make its thread find it ended."""
         if handler.has_thread:
             with contextlib.suppress(OSError):
                 handler.request.shutdown(socket.SHUT_RDWR)
@@ -788,7 +790,7 @@ class Server(ThreadingHTTPServer):
         return False
 
     def process_request_thread(self, request, handler):
-        """Serve a client that was slow to its end; process_request() made the thread."""
+        """Serve a client to its end; process_request() has made the thread for it."""
         request.setblocking(True)
         while self.advance(handler):
             pass
