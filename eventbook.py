@@ -448,26 +448,26 @@ def routes_at(path):
     return BY_PATH[path]
 
 
-def admit(request):
-    """The Route of a request that may take it; refuses (404, 405, 501, 401, 403)."""
-    routes, user = routes_at(request.path), request.fields.get("user-id")
-    if request.method not in METHODS:
+@functools.lru_cache(maxsize=128)  # a client repeats its requests
+def admit(method, path, user):
+    """(Route, id in the path, user's number); refuses (404, 405, 501, 401, 403)."""
+    routes, ids = routes_at(path), ID.findall(path)
+    if method not in METHODS:
         raise Refusal(501, "Method not implemented")
-    if request.method not in routes:
-        raise Refusal(405, "Method not allowed", allow(None, request).fields)
-    route = routes[request.method]
+    if method not in routes:
+        raise Refusal(405, "Method not allowed", {"Allow": ", ".join(routes)})
+    route = routes[method]
     if route.roles and user not in USERS:
         raise Refusal(401, "Unauthorized", {"WWW-Authenticate": "user-id"})
     if route.roles and USERS[user] not in route.roles:
         raise Refusal(403, "Access denied")
-    return route
+    return route, int(ids[0]) if ids else 0, int(user) if route.roles else 0
 
 
 def perform(store, head, content):
     """The Answer to a request; refuses."""
-    route, ids = admit(head), ID.findall(head.path)
-    user = int(head.fields["user-id"]) if route.roles else None
-    request = head._replace(content=content, id=int(ids[0]) if ids else 0, user=user)
+    route, id, user = admit(head.method, head.path, head.fields.get("user-id"))
+    request = head._replace(content=content, id=id, user=user)
     record = route.operation(store, request)
     if isinstance(record, Answer):
         return record
@@ -678,7 +678,7 @@ class Handler(BaseHTTPRequestHandler):
         """Ask once for the content, if the client waits to be asked; refuses."""
         if self.invited or content or not head or not head.expects:
             return b""
-        admit(head)
+        admit(head.method, head.path, head.fields.get("user-id"))
         self.invited = True
         return CONTINUE
 
