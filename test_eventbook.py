@@ -1149,6 +1149,16 @@ def test_nothing_a_client_sent_is_echoed_unescaped(common):
     assert not re.search(b"[\r\x1b]|\n.", refused.content)
 
 
+def test_each_request_on_a_connection_may_wait_to_be_asked(server):
+    octets = request("POST", "/api/events", EXPECT, user=1, body=BODY)
+    with server.connect() as client:
+        for number in 1, 2:
+            client.sendall(octets[: -len(BODY)])
+            assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            client.sendall(BODY)
+            assert answer(client).content["id"] == number
+
+
 # ---- Cruelty -----------------------------------------------------------------
 
 SPLIT = {
@@ -1551,9 +1561,10 @@ def test_the_start_line_holds_the_real_url(launch, host, shown):
         except OSError:
             pytest.skip(f"{host} is not to be had here")
     process = launch("--host", host, "--port", "0", "--log", "log")
-    url = re.search(r"http://(\S*):\d+", process.stdout.readline())
-    assert url[1] == shown
-    assert opener.open(url[0], timeout=5).status == 200
+    line = process.stdout.readline()
+    found = re.fullmatch(r"eventbook listens on (http://(\S*):\d+)\n", line)
+    assert found[2] == shown
+    assert opener.open(found[1], timeout=5).status == 200
 
 
 def test_only_notifications_follow_the_start_line(program):
