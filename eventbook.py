@@ -270,7 +270,10 @@ class Store(Observable):
         # The law of the lock: what reads or changes the dicts is one `with`, check and
         # change together. Observers run under it, so log lines are in order of changes.
         self.lock = threading.RLock()
-        self.run, self.changes = os.urandom(6).hex(), 0  # make ETags that never return
+        self.nonce, self.changes = (
+            os.urandom(6).hex(),
+            0,
+        )  # make ETags that never return
         self.events = {}  # event id -> Event
         self.bookings = {}  # booking id -> Booking, while it lives
         self.last_booking = 0
@@ -296,7 +299,7 @@ class Store(Observable):
                 raise Refusal(412, "Event has changed", {"ETag": event.etag})
             check({**UPDATE, "id": integer(event.id, event.id)}, values)
             live = [pair for pair in self.by_event[event.id].items() if pair[1]]
-            live.sort(key=lambda pair: next(iter(pair[1])))  # by the first live booking
+            live.sort(key=lambda pair: next(iter(pair[1])))  # the first live booking id
             self.emit("event.updated", [customer for customer, _ in live])
             same = event._replace(**values) == event
             return event if same else self._put(event, values)
@@ -379,7 +382,7 @@ class Store(Observable):
 
     def _put(self, event, values):
         self.changes += 1
-        etag = f'"{self.run}-{self.changes}"'
+        etag = f'"{self.nonce}-{self.changes}"'
         self.events[event.id] = event._replace(**values, etag=etag)
         return self.events[event.id]
 
@@ -745,7 +748,7 @@ class Server(ThreadingHTTPServer):
                 request, address = self.get_request()
             except (BlockingIOError, ConnectionError):  # nobody, or not any more
                 return
-            except OSError:  # out of descriptors
+            except OSError:  # out of descriptors; wait if nobody can give up one
                 return self.make_room() or time.sleep(0.05)
             handler = Handler(request, address, self)
             if len(self.handlers) >= self.connection_limit:
@@ -769,7 +772,7 @@ class Server(ThreadingHTTPServer):
                 handler.request.shutdown(socket.SHUT_RDWR)
         else:
             handler.steps.close()
-            self.advance(handler)
+            self.advance(handler)  # finds that it has come to its end
 
     def advance(self, handler):
         """Run a connection to its next wait; False if it has come to its end."""
