@@ -58,7 +58,6 @@ class Refusal(Exception):
     """Raised where a request cannot be granted; holds the Answer that says why."""
 
     def __init__(self, status, error, fields=None, **more):
-        super().__init__(error)
         self.answer = Answer(status, {"error": error, **more}, fields or {})
 
 
