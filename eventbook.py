@@ -602,13 +602,10 @@ class Handler(BaseHTTPRequestHandler):
     inbox, close_connection, invited = b"", False, False
     waiting = has_thread = surplus = False  # for a request; as the server decides
 
-    def setup(self):
+    def __init__(self, request, client_address, server):
+        """Only begin; the base would serve the connection here, from begin to end."""
+        self.request, self.client_address, self.server = request, client_address, server
         self.steps = self.converse()
-
-    def handle(self):
-        """Nothing yet: the server runs the steps when there is something to do."""
-
-    finish = handle
 
     def converse(self):
         """The connection from begin to end; yields the event it waits for."""
