@@ -1409,6 +1409,15 @@ def test_a_defect_of_ours_changes_nothing(capsys, name, step):
         assert (site.call(*step).status < 300, told) == (True, [name])
 
 
+@posix
+def test_a_stopped_server_leaves_no_descriptor_open():
+    held = open_files()
+    with serving(eventbook.Store()) as site:
+        assert site.call("GET", "/").status == 200
+        assert open_files() > held
+    eventually(lambda: open_files() <= held)
+
+
 class Threadless(eventbook.Server):
     def process_request(self, request, client_address):
         raise RuntimeError("can't start new thread")
