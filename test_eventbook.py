@@ -1626,6 +1626,22 @@ def test_a_wrong_option_or_port_exits_with_2(launch, port, options):
     assert (": 'x' is no port from 0 to 65535\n" in stderr) == ("x" in (port, *options))
 
 
+def test_the_highest_port_is_one(launch):
+    assert outcome(launch("-p", "65535", "--version"))[0] == 0
+
+
+@posix
+def test_a_port_is_free_again_at_once(launch):
+    """Although a connection that the server closed first lingers in TIME_WAIT."""
+    port = free_port()
+    for _ in "12":
+        process = launch("-p", port, "--log", "log")
+        site = site_of(process)
+        site.talk(request("GET", "/", "Connection: close"), half_close=False)
+        process.terminate()
+        assert outcome(process) == (0, "", "")
+
+
 @each("trouble", ["port", "log", "folder", "host", "odd host"])
 def test_trouble_at_the_start_is_one_line_and_exit_1(launch, common, trouble):
     options = {
