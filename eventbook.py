@@ -269,10 +269,8 @@ class Store(Observable):
         # The law of the lock: what reads or changes the dicts is one `with`, check and
         # change together. Observers run under it, so log lines are in order of changes.
         self.lock = threading.RLock()
-        self.nonce, self.changes = (
-            os.urandom(6).hex(),
-            0,
-        )  # make ETags that never return
+        self.nonce = os.urandom(6).hex()  # of this run; no ETag of another is alike
+        self.changes = 0
         self.events = {}  # event id -> Event
         self.bookings = {}  # booking id -> Booking, while it lives
         self.last_booking = 0
@@ -433,13 +431,14 @@ ROUTES = [
 METHODS = "GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split()
 ID = re.compile(f"(?<=/){NUMBER}(?=/|$)")
 
+OPTIONS = Route("OPTIONS", "*", [], allow, None)
 BY_PATH = defaultdict(dict)  # path, an id in it a space -> method -> Route
 for route in ROUTES:
     for path in route.path.rstrip("/").replace(":id", " "), "*":
         BY_PATH[path][route.method] = route
         if route.method == "GET":
             BY_PATH[path]["HEAD"] = route
-        BY_PATH[path]["OPTIONS"] = Route("OPTIONS", path, [], allow, None)
+        BY_PATH[path]["OPTIONS"] = OPTIONS
 
 
 def routes_at(path):
@@ -600,7 +599,8 @@ class Handler(BaseHTTPRequestHandler):
     """A connection. It has until its deadline to send a request or take an answer."""
 
     inbox, close_connection, invited = b"", False, False
-    waiting = has_thread = surplus = False  # for a request; as the server decides
+    waiting = False  # for a request, or for more of it
+    has_thread = surplus = False  # set by the server: it is slow; there was no room
 
     def __init__(self, request, client_address, server):
         """Only begin; the base would serve the connection here, from begin to end."""
@@ -800,6 +800,7 @@ class Server(ThreadingHTTPServer):
 
 
 # ---- The command line --------------------------------------------------------
+# Where the parts are put together: main() is the whole program on one screen.
 
 
 def port_number(text):
@@ -810,9 +811,8 @@ def port_number(text):
 
 class Parser(argparse.ArgumentParser):
     def format_help(self):
-        return (
-            f"eventbook: an event booking backend over HTTP\n\n{super().format_help()}"
-        )
+        about = "eventbook: an event booking backend over HTTP"
+        return f"{about}\n\n{super().format_help()}"
 
 
 def parse_options():

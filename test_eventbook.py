@@ -1349,6 +1349,34 @@ def test_the_longest_idle_makes_room(small):
                 assert answer(client).status == 200
 
 
+def test_a_throng_of_newcomers_starves_nobody():
+    """Whenever one is let in there is another, and a request came just behind them."""
+    held, go_on, throng = threading.Event(), threading.Event(), []
+
+    class Thronged(eventbook.Server):
+        def get_request(self):
+            if go_on.is_set() and len(throng) < 200:
+                throng.append(socket.create_connection(self.server_address))
+            return super().get_request()
+
+    store = eventbook.Store()
+    store.on("event.updated", lambda *_: held.set() or go_on.wait(10))
+    with serving(store, Thronged) as site, contextlib.ExitStack() as stack:
+        site.call("POST", "/api/events", 1, EVENT)
+        busy, kept = (stack.enter_context(site.connect()) for _ in "12")
+        kept.sendall(GET)
+        assert answer(kept).status == 200
+        busy.sendall(request("PUT", "/api/events/1", user=1))
+        assert held.wait(10)
+        stack.enter_context(site.connect())
+        kept.sendall(GET)
+        go_on.set()
+        assert answer(kept).status == 200
+        assert len(throng) < 200
+    for newcomer in throng:
+        newcomer.close()
+
+
 def test_when_all_are_at_work_a_client_is_sent_away(small):
     long_list(small)
     with stuck_client(small), stuck_client(small):
