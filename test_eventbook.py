@@ -1401,6 +1401,7 @@ def test_one_that_speaks_while_it_makes_room_harms_nobody():
                 third.sendall(GET)
                 go_on.set()
                 assert answer(busy).status == answer(third).status == 200
+        assert site.call("GET", "/").status == 200
 
 
 def test_a_refusal_can_be_read_by_a_client_that_still_sends(server):
