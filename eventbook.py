@@ -27,31 +27,31 @@ import json
 import os
 import queue
 import re
-import selectors
 import signal
 import socket
+import socketserver
 import sys
 import threading
 import time
 import urllib.parse
 from collections import OrderedDict, defaultdict, namedtuple
 from datetime import date, datetime, timezone
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 
 VERSION = "1.0.0"
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_LOG = os.path.join(HERE, "logs", "events.log.jsonl")
 
 # ---- Records and rules -------------------------------------------------------
-# The nouns, and what is valid. A record never changes: another takes its place. A rule
-# is a test and the words for what would pass it.
+# The nouns, and what is valid. A record never changes: another takes its place.
 
 ORGANIZER, CUSTOMER = "ORGANIZER", "CUSTOMER"
 USERS = {"1": ORGANIZER, "2": CUSTOMER, "3": CUSTOMER}  # by user-id, as assigned
 
 Event = namedtuple("Event", "id title date availableTickets etag")
 Booking = namedtuple("Booking", "id eventId customerId")
-Answer = namedtuple("Answer", "status content fields", defaults=({},))  # of a route
+Answer = namedtuple("Answer", "status content fields", defaults=({},))
 
 
 class Refusal(Exception):
@@ -70,10 +70,9 @@ def is_title(value):
 
 
 def is_date(value):
-    try:  # the pattern first: what else fromisoformat takes depends on the Python
-        return bool(DATE.fullmatch(value) and date.fromisoformat(value[:10]))
-    except (TypeError, ValueError):
-        return False
+    with contextlib.suppress(TypeError, ValueError):  # no text; no day of any calendar
+        # The pattern first: what else fromisoformat() takes depends on the Python.
+        return DATE.fullmatch(value) and date.fromisoformat(value[:10])
 
 
 def integer(least, most):
@@ -82,13 +81,13 @@ def integer(least, most):
     return lambda value: type(value) is int and least <= value <= most, words
 
 
+# Rules by name: a test, and the words for what would pass it.
 CREATE = {
     "title": (is_title, "text of 1 to 200 characters, not blank"),
     "date": (is_date, "a real date, like 2026-02-15 or 2026-02-15T19:30"),
     "availableTickets": integer(1, 10**9),
 }
 UPDATE = {**CREATE, "availableTickets": integer(0, 10**9)}  # 0: none for sale
-NUMBER = "[0-9]{1,4000}"  # int() takes no more than 4,300 digits
 PAGE = {
     "limit": integer(1, 1000),
     "offset": (lambda value: type(value) is int, "an integer from 0 up"),
@@ -99,26 +98,23 @@ KEY = {"Idempotency-Key": (VISIBLE, "1 to 255 visible characters")}
 UNKNOWN = (lambda value: False, "no field of this name is known")
 
 
-def check(rules, values):
+def check(values, rules):
     """Refuse (400) values that fail their rules, or for which there is no rule."""
-    failed = {}
+    wrong = {}
     for name, value in values.items():
         passes, words = rules.get(name, UNKNOWN)
         if not passes(value):
-            failed[name] = words
-    if failed:
-        raise Refusal(400, "Validation failed", details=failed)
+            wrong[name] = words
+    if wrong:
+        raise Refusal(400, "Validation failed", details=wrong)
 
 
 # ---- Requests and answers ----------------------------------------------------
 # What an operation is given, and how what it returns is shown.
 
-REQUEST = "method path query fields length persistent expects content id user"
 
-
-class Request(namedtuple("Request", REQUEST, defaults=(b"", 0, 0))):
-    """What an operation is given: what the head says, then the content, the id in the
-    path and the user's number. The names of fields are in lower case."""
+class Request(namedtuple("Request", "path query fields content id user")):
+    """What an operation is given; id is the one in the path, user the user's number."""
 
     def json(self):
         """The content as a dict, empty if there is none; refuses (400)."""
@@ -130,20 +126,6 @@ class Request(namedtuple("Request", REQUEST, defaults=(b"", 0, 0))):
         if not isinstance(value, dict):
             raise Refusal(400, "Invalid JSON: an object is wanted")
         return value
-
-    def matches(self, etag):
-        """Whether If-Match lets an event with this ETag change: RFC 9110, 13.1.1."""
-        tags = [tag.strip() for tag in self.fields.get("if-match", "*").split(",")]
-        return tags == ["*"] or etag in tags
-
-
-def parameters(query, rules):
-    """The query's parameters that have a rule, numbers as int; refuses (400)."""
-    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-    number = re.compile(NUMBER).fullmatch
-    values = {k: int(v) if number(v) else v for k, v in pairs if k in rules}
-    check(rules, values)
-    return values
 
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -159,17 +141,25 @@ def visible(record):
     return {name: value for name, value in record._asdict().items() if name != "etag"}
 
 
-def page(records, wanted):
-    """The Answer with the wanted part of a list."""
+NUMBER = re.compile("[0-9]{1,4000}")  # int() takes no more than 4,300 digits
+
+
+def page(query, rules, records):
+    """The Answer with the part of a list that a query wants, encoded; refuses (400)."""
+    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
+    wanted = {k: int(v) if NUMBER.fullmatch(v) else v for k, v in pairs if k in rules}
+    check(wanted, rules)
+    if wanted.get("available") == "true":
+        records = [event for event in records if event.availableTickets]
     start = wanted.get("offset", 0)
     part = records[start : start + wanted.get("limit", len(records))]
-    total = {"X-Total-Count": len(records)}
-    return Answer(200, [visible(record) for record in part], total)
+    content = encode([visible(record) for record in part])
+    return Answer(200, content, {"X-Total-Count": len(records)})
 
 
 # ---- Observers ---------------------------------------------------------------
-# Who must know of a booking, a cancelling or an update hears of it before it is made,
-# and so can prevent it.
+# Who must know of a booking, a cancelling or an update hears of it before it is made.
+# What an observer raises prevents it; so those that may raise come first.
 
 
 class Observable:
@@ -178,13 +168,11 @@ class Observable:
     def __init__(self):
         self.observers = defaultdict(list)
 
-    def on(self, name, observer):
-        """Call observer(name, data) at each emit(name, data)."""
-        self.observers[name].append(observer)
+    def on(self, name, *observers):
+        """Call them, as observer(name, data), at each emit(name, data)."""
+        self.observers[name] += observers
 
     def emit(self, name, data):
-        """Call them in turn; what one raises stops the rest, and the change. Those that
-        may raise must therefore come first, or others hear of what never happens."""
         for observer in self.observers[name]:
             observer(name, data)
 
@@ -220,8 +208,6 @@ class Log:
 class Notifier(threading.Thread):
     """Prints lines from its own thread, in order; survives a console that fails."""
 
-    GATHER = 0.01  # seconds; waking up for every line would slow bookings down
-
     def __init__(self, write):
         """write(text) prints; it may raise OSError or ValueError."""
         super().__init__(daemon=True)
@@ -235,14 +221,14 @@ class Notifier(threading.Thread):
             self.say(f"🔔 Event update notification sent to customer {customer}")
 
     def say(self, line):
-        """Have the line printed; never waits, never fails."""
+        """Have a line printed; never waits, never fails."""
         self.lines.put(line + "\n")
 
     def run(self):
         batch = []
         while "" not in batch:
             batch = [self.lines.get()]
-            time.sleep(self.GATHER)
+            time.sleep(0.01)  # waking up for every line would slow bookings down
             batch += [self.lines.get() for _ in range(self.lines.qsize())]
             with contextlib.suppress(OSError, ValueError):
                 self.write("".join(batch))
@@ -255,14 +241,11 @@ class Notifier(threading.Thread):
 
 # ---- Store -------------------------------------------------------------------
 # Everything there is, in dicts, and the operations: a Request in, a record or an Answer
-# out. However many bookings are live, only lists of them take longer. The operations'
-# docstrings are what GET / tells of them.
+# out. Their docstrings are what GET / tells of them.
 
 
 class Store(Observable):
     """Events and bookings, in memory; they change nowhere else."""
-
-    REMEMBERED_KEYS = 10_000
 
     def __init__(self):
         super().__init__()
@@ -270,36 +253,33 @@ class Store(Observable):
         # change together. Observers run under it, so log lines are in order of changes.
         self.lock = threading.RLock()
         self.nonce = os.urandom(6).hex()  # of this run; no ETag of another is alike
-        self.changes = 0
+        self.changes = self.last_booking = 0
         self.events = {}  # event id -> Event
-        self.bookings = {}  # booking id -> Booking, while it lives
-        self.last_booking = 0
-        # Both lead to one dict for a customer's live bookings of an event, by id.
-        self.by_event = defaultdict(dict)  # event id -> customer id -> bookings
-        self.by_customer = defaultdict(dict)  # customer id -> event id -> bookings
+        self.bookings = {}  # booking id -> Booking while it lives, in order of id
         self.by_key = OrderedDict()  # (customer id, Idempotency-Key) -> first Booking
+        self.listed = {}  # the last query for events -> its Answer, until a change
 
     def create(self, request):
         """Put an event on sale."""
         given = request.json()
         values = {name: given.get(name) for name in CREATE}
-        check(CREATE, values)
+        check(values, CREATE)
         with self.lock:
-            return self._put(Event(len(self.events) + 1, **values, etag=None), {})
+            return self._put(Event(len(self.events) + 1, **values, etag=None))
 
     def update(self, request):
         """Change an event; the customers with a live booking are told."""
         values = request.json()
         with self.lock:
             event = self.event(request)
-            if not request.matches(event.etag):
+            tags = re.split("[ \t]*,[ \t]*", request.fields.get("if-match", event.etag))
+            if tags != ["*"] and event.etag not in tags:  # RFC 9110, 13.1.1
                 raise Refusal(412, "Event has changed", {"ETag": event.etag})
-            check({**UPDATE, "id": integer(event.id, event.id)}, values)
-            live = [pair for pair in self.by_event[event.id].items() if pair[1]]
-            live.sort(key=lambda pair: next(iter(pair[1])))  # the first live booking id
-            self.emit("event.updated", [customer for customer, _ in live])
+            check(values, {**UPDATE, "id": integer(event.id, event.id)})
+            sold = self._live("eventId", event.id)
+            self.emit("event.updated", dict.fromkeys(each.customerId for each in sold))
             same = event._replace(**values) == event
-            return event if same else self._put(event, values)
+            return event if same else self._put(event, **values)
 
     def book(self, request):
         """Book one ticket; with an Idempotency-Key it is safe to ask again."""
@@ -307,7 +287,7 @@ class Store(Observable):
         with self.lock:
             event = self.event(request)
             if key is not None:
-                check(KEY, {"Idempotency-Key": key})
+                check({"Idempotency-Key": key}, KEY)
             first = self.by_key.get((request.user, key))
             if first and first.eventId != event.id:
                 raise Refusal(422, "Idempotency-Key was used for another event")
@@ -317,12 +297,13 @@ class Store(Observable):
                 raise Refusal(400, "Booking failed: sold out")
             booking = Booking(self.last_booking + 1, event.id, request.user)
             self.emit("booking.created", booking)
-            self._add(booking)
+            self.last_booking = booking.id
+            self.bookings[booking.id] = booking
             if key:
                 self.by_key[request.user, key] = booking
-            if len(self.by_key) > self.REMEMBERED_KEYS:
+            if len(self.by_key) > 10_000:
                 self.by_key.popitem(last=False)
-            self._put(event, {"availableTickets": event.availableTickets - 1})
+            self._put(event, availableTickets=event.availableTickets - 1)
             return booking
 
     def cancel(self, request):
@@ -331,9 +312,8 @@ class Store(Observable):
             booking = self.booking(request)
             self.emit("booking.cancelled", booking)
             del self.bookings[booking.id]
-            del self.by_event[booking.eventId][booking.customerId][booking.id]
             event = self.events[booking.eventId]
-            self._put(event, {"availableTickets": event.availableTickets + 1})
+            self._put(event, availableTickets=event.availableTickets + 1)
             return booking
 
     def event(self, request):
@@ -354,46 +334,33 @@ class Store(Observable):
 
     def list_events(self, request):
         """List the events; ?available=true leaves out those sold out."""
-        return event_list(self, request.query, self.changes)
+        with self.lock:
+            if request.query not in self.listed:
+                answer = page(request.query, EVENT_PAGE, list(self.events.values()))
+                self.listed = {request.query: answer}
+            return self.listed[request.query]
 
     def list_bookings(self, request):
         """List an event's live bookings."""
         with self.lock:
-            return self._page(self.by_event[self.event(request).id], request)
+            event = self.event(request)
+            return page(request.query, PAGE, self._live("eventId", event.id))
 
     def list_own(self, request):
         """List one's own live bookings."""
         with self.lock:
-            return self._page(self.by_customer[request.user], request)
+            return page(request.query, PAGE, self._live("customerId", request.user))
 
-    def _page(self, groups, request):
-        bookings = sorted(each for group in groups.values() for each in group.values())
-        return page(bookings, parameters(request.query, PAGE))
+    def _live(self, field, id):
+        every = self.bookings.values()
+        return [booking for booking in every if getattr(booking, field) == id]
 
-    def _add(self, booking):
-        self.last_booking = booking.id
-        self.bookings[booking.id] = booking
-        group = self.by_event[booking.eventId].setdefault(booking.customerId, {})
-        self.by_customer[booking.customerId][booking.eventId] = group
-        group[booking.id] = booking
-
-    def _put(self, event, values):
+    def _put(self, event, **values):
         self.changes += 1
+        self.listed = {}
         etag = f'"{self.nonce}-{self.changes}"'
         self.events[event.id] = event._replace(**values, etag=etag)
         return self.events[event.id]
-
-
-@functools.lru_cache(maxsize=4)
-def event_list(store, query, _changes):
-    """The list after so many changes, or more; encoded once, not for each request."""
-    wanted = parameters(query, EVENT_PAGE)
-    with store.lock:
-        events = list(store.events.values())
-    if wanted.get("available") == "true":
-        events = [event for event in events if event.availableTickets]
-    answer = page(events, wanted)
-    return answer._replace(content=encode(answer.content))
 
 
 # ---- Routes ------------------------------------------------------------------
@@ -429,30 +396,26 @@ ROUTES = [
     Route("GET", "/", [], describe, None),
 ]
 METHODS = "GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split()
-ID = re.compile(f"(?<=/){NUMBER}(?=/|$)")
-
-OPTIONS = Route("OPTIONS", "*", [], allow, None)
-BY_PATH = defaultdict(dict)  # path, an id in it a space -> method -> Route
-for route in ROUTES:
-    for path in route.path.rstrip("/").replace(":id", " "), "*":
-        BY_PATH[path][route.method] = route
-        if route.method == "GET":
-            BY_PATH[path]["HEAD"] = route
-        BY_PATH[path]["OPTIONS"] = OPTIONS
 
 
 def routes_at(path):
-    """{method: Route} for a path; refuses (404)."""
-    path = ID.sub(" ", path).removesuffix("/")
-    if path not in BY_PATH:
+    """{method: Route} for a path, or for all of them at "*"; refuses (404)."""
+    routes = {}
+    for route in ROUTES:
+        pattern = route.path.rstrip("/").replace(":id", NUMBER.pattern) + "/?"
+        if path == "*" or re.fullmatch(pattern, path):
+            routes[route.method] = route
+    if not routes:
         raise Refusal(404, "Not found")
-    return BY_PATH[path]
+    if "GET" in routes:
+        routes["HEAD"] = routes["GET"]
+    return {**routes, "OPTIONS": Route("OPTIONS", path, [], allow, None)}
 
 
-@functools.lru_cache(maxsize=128)  # a client repeats its requests
+@functools.lru_cache  # a client repeats its requests
 def admit(method, path, user):
-    """(Route, id in the path, user's number); refuses (404, 405, 501, 401, 403)."""
-    routes, ids = routes_at(path), ID.findall(path)
+    """(Route, id in the path, user's number); refuses (404, 501, 405, 401, 403)."""
+    routes, ids = routes_at(path), NUMBER.findall(path)
     if method not in METHODS:
         raise Refusal(501, "Method not implemented")
     if method not in routes:
@@ -468,7 +431,7 @@ def admit(method, path, user):
 def perform(store, head, content):
     """The Answer to a request; refuses."""
     route, id, user = admit(head.method, head.path, head.fields.get("user-id"))
-    request = head._replace(content=content, id=id, user=user)
+    request = Request(head.path, head.query, head.fields, content, id, user)
     record = route.operation(store, request)
     if isinstance(record, Answer):
         return record
@@ -494,6 +457,9 @@ HEADER_LIMIT = 16 * 1024  # octets of all field lines; Node.js's default
 FIELDS_LIMIT = 100  # field lines; Apache's default
 CONTENT_LIMIT = 64 * 1024  # octets; the largest event, all escaped, has 2,500
 
+# fields: name in lower case -> value; length: of the content, in octets
+Head = namedtuple("Head", "method path query fields length persistent expects")
+
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = f'({TOKEN}) ([!"$-~]+) HTTP/([0-9][.][0-9])\r\n'
 FIELD_LINE = f"{TOKEN}:[\t -~\x80-\xff]*\r\n"
@@ -506,34 +472,33 @@ ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
 
 
 def read_head(inbox):
-    """(Request, octets read), or (None, 0) if more must arrive; refuses (400, 411, 413,
+    """(Head, octets read), or (None, 0) if more must arrive; refuses (400, 411, 413,
     414, 431, 505), a malformed line or too much of it without waiting for the rest."""
     begin = 2 if inbox.startswith(b"\r\n") else 0  # RFC 9112, section 2.2
     end = inbox.find(b"\r\n\r\n", begin)
-    if end >= 0:
-        return parse_head(inbox[begin : end + 2]), end + 4
-    text = inbox[begin:].decode("latin-1")
-    check_size(text)
-    if not PART_OF_HEAD.fullmatch(text):
-        raise Refusal(400, "Malformed request")
-    return None, 0
+    if end == -1:
+        text = checked_for_size(inbox[begin:])
+        if not PART_OF_HEAD.fullmatch(text):
+            raise Refusal(400, "Malformed request")
+        return None, 0
+    return parse_head(inbox[begin : end + 2]), end + 4
 
 
-def check_size(text):
-    """Refuse (414, 431) a head, or part of one, that is too large."""
-    line, _, header = text.partition("\r\n")
-    if len(line.rstrip("\r")) > LINE_LIMIT:
+def checked_for_size(head):
+    """The text of a head, or of what has arrived of one; refuses (414, 431)."""
+    text = head.decode("latin-1")
+    line, _, header = text.rstrip("\r").partition("\r\n")
+    if len(line) > LINE_LIMIT:
         raise Refusal(414, "Request line too long")
-    if len(header.rstrip("\r")) > HEADER_LIMIT or header.count("\r\n") > FIELDS_LIMIT:
+    if len(header) > HEADER_LIMIT or header.count("\r\n") > FIELDS_LIMIT:
         raise Refusal(431, "Header too large")
+    return text
 
 
-@functools.lru_cache(maxsize=128)  # a kept-alive client repeats its heads
-def parse_head(octets):
-    """The Request that a whole head makes; refuses."""
-    text = octets.decode("latin-1")
-    check_size(text)
-    match = WHOLE_HEAD.fullmatch(text)
+@functools.lru_cache  # and so its heads
+def parse_head(head):
+    """The Head that a whole head makes; refuses."""
+    match = WHOLE_HEAD.fullmatch(checked_for_size(head))
     if not match:
         raise Refusal(400, "Malformed request line or field line")
     method, target, version, lines = match.groups()
@@ -548,37 +513,35 @@ def parse_head(octets):
 
 
 def interpret(method, target, version, fields):
-    """The Request that a well-formed head means; refuses."""
-    host, length = fields.get("host"), fields.get("content-length", "0")
-    if not HOST.fullmatch(host or "") and (version == "1.1" or host is not None):
+    """The Head that a well-formed head means; refuses."""
+    if not HOST.fullmatch(fields.get("host", "" if version == "1.1" else "any")):
         raise Refusal(400, "Exactly one valid Host is needed")
+    length = fields.get("content-length", "0")
     if not re.fullmatch("[0-9]+", length):
         raise Refusal(400, "Invalid Content-Length")
     if "transfer-encoding" in fields:
         status = 400 if "content-length" in fields else 411
         raise Refusal(status, "Content-Length is needed, and no Transfer-Encoding")
-    target = ABSOLUTE_FORM.sub("/", target)
-    if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
+    path, _, query = ABSOLUTE_FORM.sub("/", target).partition("?")
+    if not path.startswith("/") and (method, target) != ("OPTIONS", "*"):
         raise Refusal(400, "Invalid request target")
     length = int(length.lstrip("0")[:9] or 0)  # int() takes no more than 4,300 digits
     if length > CONTENT_LIMIT:
         raise Refusal(413, "Content too large")
-    path, _, query = target.partition("?")
     options = re.split("[ \t]*,[ \t]*", fields.get("connection", "").lower())
     persistent = version == "1.1" and "close" not in options
     expects = version == "1.1" and fields.get("expect", "").lower() == "100-continue"
-    return Request(method, path, query, fields, length, persistent, expects)
+    return Head(method, path, query, fields, length, persistent, expects)
 
 
 # ---- Connections -------------------------------------------------------------
 # A connection is a generator: straight-line code that yields where it has to wait. The
-# server's loop resumes it when its non-blocking socket is ready; a thread of its own
-# resumes it at once, since on a blocking socket recv and send do the waiting.
+# server's loop resumes it when its socket is ready, or when its time is over.
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 STANDING = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
 JSON = "Content-Type: application/json; charset=utf-8\r\n"
-http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
+http_date = functools.lru_cache(email.utils.formatdate)
 
 
 def octets_of(answer, last, with_content):
@@ -598,9 +561,8 @@ def octets_of(answer, last, with_content):
 class Handler(BaseHTTPRequestHandler):
     """A connection. It has until its deadline to send a request or take an answer."""
 
-    inbox, close_connection, invited = b"", False, False
-    waiting = False  # for a request, or for more of it
-    has_thread = surplus = False  # set by the server: it is slow; there was no room
+    inbox, close_connection = b"", False
+    surplus = slow = False  # set by the server: there was no room; it has a thread
 
     def __init__(self, request, client_address, server):
         """Only begin; the base would serve the connection here, from begin to end."""
@@ -615,71 +577,67 @@ class Handler(BaseHTTPRequestHandler):
         self.deadline = time.monotonic() + self.server.request_time
         while not self.close_connection:
             octets = self.inbox and self.respond()
-            if octets:
+            if octets in (b"", CONTINUE):
                 yield from self.send(octets)
-            elif not (yield from self.receive()):
-                return
-        if self.inbox:  # unread input would make close() take back the answer
-            self.request.shutdown(socket.SHUT_WR)
-            self.deadline = time.monotonic() + self.server.linger_time
-            while (yield from self.receive()):
-                pass
+                self.inbox += yield from self.receive()
+            else:
+                self.deadline = time.monotonic() + self.server.answer_time
+                yield from self.send(octets)
+                self.deadline = time.monotonic() + self.server.request_time
+        self.request.shutdown(socket.SHUT_WR)
+        self.deadline = time.monotonic() + self.server.linger_time
+        while self.inbox:  # unread input would make close() take back the answer
+            yield from self.receive()
 
     def receive(self):
-        """Add what arrives to the inbox; False at the end of it."""
-        self.waiting = True
-        yield selectors.EVENT_READ
-        while True:
-            try:
-                octets = self.request.recv(64 * 1024)
-            except BlockingIOError:
-                yield selectors.EVENT_READ
-            else:
-                self.waiting = False
-                self.inbox = octets if self.close_connection else self.inbox + octets
-                return bool(octets)
+        """What arrives next; raises OSError if nothing does, or not in time."""
+        yield EVENT_READ
+        octets = yield from self.when_ready(EVENT_READ, self.request.recv, 64 * 1024)
+        if not octets:
+            raise ConnectionError("the client has ended")
+        return octets
 
     def send(self, octets):
         octets = memoryview(octets)
         while octets:
+            sent = yield from self.when_ready(EVENT_WRITE, self.request.send, octets)
+            octets = octets[sent:]
+
+    def when_ready(self, event, call, argument):
+        """What call(argument) gives when the socket is ready; raises OSError if late."""
+        while time.monotonic() < self.deadline:
             try:
-                octets = octets[self.request.send(octets) :]
-            except BlockingIOError:
-                yield selectors.EVENT_WRITE
-        if not self.invited:
-            self.deadline = time.monotonic() + self.server.request_time
+                return call(argument)
+            except (BlockingIOError, socket.timeout):
+                yield event
+        raise TimeoutError("the deadline is over")
 
     def respond(self):
         """What to send next: an answer, 100 Continue, or nothing until more arrives."""
-        head, complete = None, False
         with_content = not self.inbox.startswith((b"HEAD ", b"\r\nHEAD "))
+        persistent = False  # after a refusal, where the next request begins is unknown
         try:
             if self.surplus:
                 raise Refusal(503, "All connections are at work", {"Retry-After": "1"})
             head, start = read_head(self.inbox)
-            content = self.inbox[start : start + head.length] if head else b""
-            if not head or len(content) < head.length:
-                return self.invite(head, content)
-            self.inbox, complete = self.inbox[start + head.length :], True
+            if not head:
+                return b""
+            end = start + head.length
+            if len(self.inbox) < end:
+                if not head.expects or len(self.inbox) > start:
+                    return b""
+                admit(head.method, head.path, head.fields.get("user-id"))
+                return CONTINUE
+            content, self.inbox = self.inbox[start:end], self.inbox[end:]
+            persistent = head.persistent
             answer = perform(self.server.store, head, content)
         except Refusal as refusal:
             answer = refusal.answer
         except Exception:
             self.server.handle_error(self.request, self.client_address)
             answer = Answer(500, {"error": "Internal server error"})
-        # Where an incomplete request is refused, the next one's begin is unknown.
-        last = not complete or not head.persistent or self.server.stopping
-        self.close_connection, self.invited = last, False
-        self.deadline = time.monotonic() + self.server.answer_time
-        return octets_of(answer, last, with_content)
-
-    def invite(self, head, content):
-        """Ask once for the content, if the client waits to be asked; refuses."""
-        if self.invited or content or not head or not head.expects:
-            return b""
-        admit(head.method, head.path, head.fields.get("user-id"))
-        self.invited = True
-        return CONTINUE
+        self.close_connection = not persistent or self.server.stopping
+        return octets_of(answer, self.close_connection, with_content)
 
 
 class Server(ThreadingHTTPServer):
@@ -687,11 +645,12 @@ class Server(ThreadingHTTPServer):
     the interpreter's lock around: with 32 of them, a request takes twice the CPU."""
 
     allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
-    request_queue_size = 512
     connection_limit = 512 if os.name == "posix" else 500  # select() takes 512
+    request_queue_size = connection_limit
     request_time = answer_time = 15.0  # seconds for all of it, however slowly it comes
     linger_time = 2.0  # seconds for a client to read why it was refused
     grace_time = 2.0  # seconds for requests that have begun when the server stops
+    server_bind = socketserver.TCPServer.server_bind  # HTTPServer's own asks the DNS
 
     def __init__(self, address, store):
         """Listen; raises OSError, or UnicodeError for a strange host."""
@@ -699,12 +658,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler)
         self.socket.setblocking(False)
         self.store, self.stopping, self.handlers = store, False, set()
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(self, selectors.EVENT_READ)
-
-    def server_bind(self):
-        super(HTTPServer, self).server_bind()  # HTTPServer's own asks the DNS
-        self.server_port = self.server_address[1]
+        self.selector = DefaultSelector()
+        self.selector.register(self, EVENT_READ)
 
     def serve_forever(self, poll_interval=0.5):
         """Serve until shutdown(), then for grace_time those whose request has begun."""
@@ -723,19 +678,23 @@ class Server(ThreadingHTTPServer):
         self.stopping = True
 
     def serve_for(self, seconds):
-        """Serve whoever is ready; then hang up on the overdue, to stop on the idle."""
+        """Serve whoever is ready; then end the overdue, to stop also the idle."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            for key, _ in self.selector.select(seconds):
-                if key.data is None:
-                    self.welcome()
-                elif key.data in self.handlers:  # not ended since by make_room()
-                    self.advance(key.data)
-        for handler in list(self.handlers):
+            ready = [key.data for key, _ in self.selector.select(seconds)]
+            for handler in filter(None, ready):
+                self.advance(handler)
+            if None in ready:  # comes last, since it may end others
+                self.welcome()
+        for handler in self.waiting():
             if handler.deadline < end:
-                self.hang_up(handler)
-            elif self.stopping and handler.waiting and not handler.inbox:
-                handler.deadline = end  # unless it has just asked: one more round tells
+                self.advance(handler)
+            elif self.stopping and not handler.inbox:  # but it may have just asked
+                handler.deadline = min(handler.deadline, end + 0.05)
+
+    def waiting(self):
+        """The connections that wait for their client to send."""
+        return [handler for handler in list(self.handlers) if not handler.slow]
 
     def welcome(self, most=32):
         """Accept newcomers, but only so many before others are served again."""
@@ -750,32 +709,24 @@ class Server(ThreadingHTTPServer):
             if len(self.handlers) >= self.connection_limit:
                 handler.surplus = not self.make_room()
             self.handlers.add(handler)
-            self.selector.register(request, selectors.EVENT_READ, handler)
-            if self.advance(handler) and not self.stopping:  # it has often sent already
-                self.advance(handler)
+            self.selector.register(request, EVENT_READ, handler)
+            self.advance(handler)
 
     def make_room(self):
-        """Hang up on the client whose deadline is next; False if all take answers."""
-        waiting = [each for each in list(self.handlers) if each.waiting]
-        if waiting:
-            self.hang_up(min(waiting, key=lambda handler: handler.deadline))
-        return bool(waiting)
-
-    def hang_up(self, handler):
-        """End a connection: at once, or make its thread find it ended."""
-        if handler.has_thread:
-            with contextlib.suppress(OSError):
-                handler.request.shutdown(socket.SHUT_RDWR)
-        else:
-            handler.steps.close()
-            self.advance(handler)  # finds that it has come to its end
+        """End the connection whose deadline is next; False if all take answers."""
+        next_due = min(self.waiting(), key=lambda each: each.deadline, default=None)
+        if next_due:
+            next_due.deadline = time.monotonic()
+            self.advance(next_due)
+        return bool(next_due)
 
     def advance(self, handler):
-        """Run a connection to its next wait; False if it has come to its end."""
+        """Run a connection to its next wait; False at its end. Once its client takes
+        an answer slowly, it goes on in a thread, which process_request() makes."""
         try:
-            if next(handler.steps) == selectors.EVENT_WRITE:
+            if next(handler.steps) == EVENT_WRITE and not handler.slow:
                 self.selector.unregister(handler.request)
-                handler.has_thread = True
+                handler.slow = True
                 self.process_request(handler.request, handler)
             return True
         except (StopIteration, OSError):
@@ -783,14 +734,14 @@ class Server(ThreadingHTTPServer):
         except Exception:
             self.handle_error(handler.request, handler.client_address)
         self.handlers.discard(handler)
-        if not handler.has_thread:
+        if not handler.slow:
             self.selector.unregister(handler.request)
         self.shutdown_request(handler.request)
         return False
 
     def process_request_thread(self, request, handler):
-        """Serve a client to its end; process_request() has made the thread for it."""
-        request.setblocking(True)
+        """Serve a slow client to its end."""
+        request.settimeout(0.5)  # seconds between looks at its deadline
         while self.advance(handler):
             pass
 
@@ -809,17 +760,11 @@ def port_number(text):
     return int(text)
 
 
-class Parser(argparse.ArgumentParser):
-    def format_help(self):
-        about = "eventbook: an event booking backend over HTTP"
-        return f"{about}\n\n{super().format_help()}"
-
-
 def parse_options():
     """What the command line and PORT say; exits with 2 if that is wrong."""
     users = "".join(f"  user-id: {user}  {role}\n" for user, role in USERS.items())
     example = "  curl -H 'user-id: 2' http://localhost:3000/api/events"
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         epilog=f"users:\n{users}\nexample:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -829,6 +774,8 @@ def parse_options():
     option("--host", default="127.0.0.1", help="default: %(default)s")
     option("--log", metavar="FILE", default=DEFAULT_LOG, help="default: %(default)s")
     option("--version", action="version", version=f"eventbook {VERSION}")
+    usage = f"eventbook: an event booking backend over HTTP\n\n{parser.format_help()}"
+    parser.format_help = lambda: usage
     return parser.parse_args()
 
 
@@ -843,9 +790,8 @@ def console():
 def open_store(log_path, notifier):
     """A Store whose bookings and cancellings are logged first; raises OSError."""
     store, log = Store(), Log(log_path)
-    store.on("booking.created", log)
+    store.on("booking.created", log, notifier.confirm)
     store.on("booking.cancelled", log)
-    store.on("booking.created", notifier.confirm)
     store.on("event.updated", notifier.announce)
     return store
 
@@ -869,7 +815,7 @@ def main():
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    url = f"http://{host}:{server.server_port}".replace("127.0.0.1", "localhost")
+    url = f"http://{host}:{server.server_address[1]}".replace("127.0.0.1", "localhost")
     notifier.say(f"eventbook listens on {url}")
     notifier.start()
     server.serve_forever()

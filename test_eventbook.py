@@ -869,7 +869,7 @@ def test_64_threads_get_exactly_the_200_tickets_there_are(server, call, event):
 def test_the_store_itself_sells_no_ticket_twice():
     """Its lock, without the server in front of it: eight threads at once."""
     content = json.dumps({**EVENT, "availableTickets": 2000}).encode()
-    ask = eventbook.Request("", "", "", {}, 0, True, False, content, id=1, user=2)
+    ask = eventbook.Request("", "", {}, content, id=1, user=2)
     sold, store = [], eventbook.Store()
     store.create(ask)
 
