@@ -15,8 +15,7 @@ Organizers create and update events, customers list them, book tickets and cance
    booking's line is in the log before the booking exists.
 2. Down to the routes, HTTP is no more than a Request, an Answer and their fields. From
    there to the command line, nothing knows what a booking is.
-3. One thread serves all clients; one whose answer its socket cannot hold at once goes
-   on in a thread of its own.
+3. One thread serves all clients and never waits for one of them; another one prints.
 """
 
 import argparse
@@ -76,9 +75,9 @@ def is_date(value):
 
 
 def integer(least, most):
-    """The rule for whole numbers; True, 3.0 and "3" are none."""
+    """A rule for whole numbers; True, 3.0 and "3" are none."""
     words = f"an integer from {least} to {most:,}"
-    return lambda value: type(value) is int and least <= value <= most, words
+    return (lambda value: type(value) is int and least <= value <= most), words
 
 
 # Rules by name: a test, and the words for what would pass it.
@@ -92,7 +91,8 @@ PAGE = {
     "limit": integer(1, 1000),
     "offset": (lambda value: type(value) is int, "an integer from 0 up"),
 }
-EVENT_PAGE = {**PAGE, "available": (["true", "false"].count, "true or false")}
+FLAG = (lambda value: value in ("true", "false"), "true or false")
+EVENT_PAGE = {**PAGE, "available": FLAG}
 VISIBLE = re.compile("[!-~]{1,255}").fullmatch
 KEY = {"Idempotency-Key": (VISIBLE, "1 to 255 visible characters")}
 UNKNOWN = (lambda value: False, "no field of this name is known")
@@ -158,7 +158,7 @@ def page(query, rules, records):
 
 
 # ---- Observers ---------------------------------------------------------------
-# Who must know of a booking, a cancelling or an update hears of it before it is made.
+# Who must know of a booking, a cancelling or an update hears of it before it happens.
 # What an observer raises prevents it; so those that may raise come first.
 
 
@@ -188,21 +188,20 @@ class Log:
         self.file = open(path, "a+b", buffering=0)
         if os.path.getsize(path):
             self.file.seek(-1, os.SEEK_END)
-            if self.file.read(1) != b"\n":
+            if self.file.read() != b"\n":
                 self.file.write(b"\n")
 
     def __call__(self, name, booking):
         """Append a line, or take back what was written of it and refuse (503)."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = (LINE % (name, now.replace("+00:00", "Z"), *booking)).encode()
-        try:
+        with contextlib.suppress(OSError):
             written = self.file.write(line)
-            if written < len(line):
-                self.file.truncate(self.file.tell() - written)
-                raise OSError("no room for the whole line")
-        except OSError:
-            error = "The log cannot be written; nothing was changed, try again later"
-            raise Refusal(503, error, {"Retry-After": "5"}) from None
+            if written == len(line):
+                return
+            self.file.truncate(self.file.tell() - written)
+        error = "The log cannot be written; nothing was changed, try again later"
+        raise Refusal(503, error, {"Retry-After": "5"})
 
 
 class Notifier(threading.Thread):
@@ -234,7 +233,7 @@ class Notifier(threading.Thread):
                 self.write("".join(batch))
 
     def close(self, timeout):
-        """Wait until all lines are printed, or for so many seconds."""
+        """Wait until nothing is left to print, or for so many seconds."""
         self.lines.put("")
         self.join(timeout)
 
@@ -365,7 +364,7 @@ class Store(Observable):
 
 # ---- Routes ------------------------------------------------------------------
 # Which role may do what: said in one table, and checked before any operation runs.
-# Whose a booking is, only Store.booking can tell.
+# Whose a booking is, only the store knows.
 
 
 def describe(_store, _request):
@@ -425,7 +424,7 @@ def admit(method, path, user):
         raise Refusal(401, "Unauthorized", {"WWW-Authenticate": "user-id"})
     if route.roles and USERS[user] not in route.roles:
         raise Refusal(403, "Access denied")
-    return route, int(ids[0]) if ids else 0, int(user) if route.roles else 0
+    return route, int(ids[0]) if ids else None, int(user) if route.roles else None
 
 
 def perform(store, head, content):
@@ -450,12 +449,12 @@ def perform(store, head, content):
 # line feeds, two lengths, a missing Host. Such are the ways to make two servers differ
 # on where a request ends, or for whom it is (request smuggling). So nothing is forgiven
 # here but an empty line in front: the whole head must match one pattern before any of
-# it is believed. RFC 9112, sections 2 to 7.
+# it is acted on. RFC 9112, sections 2 to 7.
 
 LINE_LIMIT = 8 * 1024  # octets of the request line; nginx's default
 HEADER_LIMIT = 16 * 1024  # octets of all field lines; Node.js's default
 FIELDS_LIMIT = 100  # field lines; Apache's default
-CONTENT_LIMIT = 64 * 1024  # octets; the largest event, all escaped, has 2,500
+CONTENT_LIMIT = 64 * 1024  # octets; an event, all of it escaped, has less than 3,000
 
 # fields: name in lower case -> value; length: of the content, in octets
 Head = namedtuple("Head", "method path query fields length persistent expects")
@@ -495,7 +494,7 @@ def checked_for_size(head):
     return text
 
 
-@functools.lru_cache  # and so its heads
+@functools.lru_cache  # a kept-alive client repeats its heads
 def parse_head(head):
     """The Head that a whole head makes; refuses."""
     match = WHOLE_HEAD.fullmatch(checked_for_size(head))
@@ -514,7 +513,8 @@ def parse_head(head):
 
 def interpret(method, target, version, fields):
     """The Head that a well-formed head means; refuses."""
-    if not HOST.fullmatch(fields.get("host", "" if version == "1.1" else "any")):
+    host = fields.get("host", "")
+    if (host or version == "1.1") and not HOST.fullmatch(host):
         raise Refusal(400, "Exactly one valid Host is needed")
     length = fields.get("content-length", "0")
     if not re.fullmatch("[0-9]+", length):
@@ -562,7 +562,8 @@ class Handler(BaseHTTPRequestHandler):
     """A connection. It has until its deadline to send a request or take an answer."""
 
     inbox, close_connection = b"", False
-    surplus = slow = False  # set by the server: there was no room; it has a thread
+    event = EVENT_READ  # that it waits for
+    surplus = False  # there was no room for it
 
     def __init__(self, request, client_address, server):
         """Only begin; the base would serve the connection here, from begin to end."""
@@ -576,7 +577,7 @@ class Handler(BaseHTTPRequestHandler):
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.deadline = time.monotonic() + self.server.request_time
         while not self.close_connection:
-            octets = self.inbox and self.respond()
+            octets = self.respond() if self.inbox else b""
             if octets in (b"", CONTINUE):
                 yield from self.send(octets)
                 self.inbox += yield from self.receive()
@@ -584,10 +585,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.deadline = time.monotonic() + self.server.answer_time
                 yield from self.send(octets)
                 self.deadline = time.monotonic() + self.server.request_time
+                if self.inbox:
+                    yield EVENT_WRITE  # one answer each, then others have their turn
         self.request.shutdown(socket.SHUT_WR)
         self.deadline = time.monotonic() + self.server.linger_time
-        while self.inbox:  # unread input would make close() take back the answer
-            yield from self.receive()
+        while self.inbox:  # input that nobody reads would make close() a reset
+            self.inbox = yield from self.receive()
 
     def receive(self):
         """What arrives next; raises OSError if nothing does, or not in time."""
@@ -608,7 +611,7 @@ class Handler(BaseHTTPRequestHandler):
         while time.monotonic() < self.deadline:
             try:
                 return call(argument)
-            except (BlockingIOError, socket.timeout):
+            except BlockingIOError:
                 yield event
         raise TimeoutError("the deadline is over")
 
@@ -641,8 +644,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """The loop that serves whoever is ready. A thread for each connection would hand
-    the interpreter's lock around: with 32 of them, a request takes twice the CPU."""
+    """One loop that serves whoever is ready. Threads, of which the base would start one
+    for each connection, spend half their time on handing on the interpreter's lock."""
 
     allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
     connection_limit = 512 if os.name == "posix" else 500  # select() takes 512
@@ -686,15 +689,11 @@ class Server(ThreadingHTTPServer):
                 self.advance(handler)
             if None in ready:  # comes last, since it may end others
                 self.welcome()
-        for handler in self.waiting():
+        for handler in list(self.handlers):
             if handler.deadline < end:
                 self.advance(handler)
-            elif self.stopping and not handler.inbox:  # but it may have just asked
-                handler.deadline = min(handler.deadline, end + 0.05)
-
-    def waiting(self):
-        """The connections that wait for their client to send."""
-        return [handler for handler in list(self.handlers) if not handler.slow]
+            elif self.stopping and handler.event == EVENT_READ and not handler.inbox:
+                handler.deadline = min(handler.deadline, end + 0.05)  # if it just asks
 
     def welcome(self, most=32):
         """Accept newcomers, but only so many before others are served again."""
@@ -703,47 +702,45 @@ class Server(ThreadingHTTPServer):
                 request, address = self.get_request()
             except (BlockingIOError, ConnectionError):  # nobody, or not any more
                 return
-            except OSError:  # out of descriptors; wait if nobody can give up one
-                return self.make_room() or time.sleep(0.05)
-            handler = Handler(request, address, self)
-            if len(self.handlers) >= self.connection_limit:
-                handler.surplus = not self.make_room()
-            self.handlers.add(handler)
-            self.selector.register(request, EVENT_READ, handler)
-            self.advance(handler)
+            except OSError:  # out of descriptors
+                if not self.make_room():
+                    time.sleep(0.05)
+                return
+            self.process_request(request, address)
+
+    def process_request(self, request, client_address):
+        """Take a connection into the loop; the base would start a thread for it."""
+        handler = Handler(request, client_address, self)
+        if len(self.handlers) >= self.connection_limit:
+            handler.surplus = not self.make_room()
+        self.handlers.add(handler)
+        self.selector.register(request, EVENT_READ, handler)
+        self.advance(handler)
 
     def make_room(self):
         """End the connection whose deadline is next; False if all take answers."""
-        next_due = min(self.waiting(), key=lambda each: each.deadline, default=None)
-        if next_due:
-            next_due.deadline = time.monotonic()
-            self.advance(next_due)
-        return bool(next_due)
+        idle = [h for h in self.handlers if h.event == EVENT_READ and not h.surplus]
+        if idle:
+            handler = min(idle, key=lambda handler: handler.deadline)
+            handler.deadline = time.monotonic()
+            self.advance(handler)
+        return bool(idle)
 
     def advance(self, handler):
-        """Run a connection to its next wait; False at its end. Once its client takes
-        an answer slowly, it goes on in a thread, which process_request() makes."""
+        """Run a connection to its next wait, or to its end."""
         try:
-            if next(handler.steps) == EVENT_WRITE and not handler.slow:
-                self.selector.unregister(handler.request)
-                handler.slow = True
-                self.process_request(handler.request, handler)
-            return True
+            event = next(handler.steps)
+            if event != handler.event:
+                self.selector.modify(handler.request, event, handler)
+                handler.event = event
+            return
         except (StopIteration, OSError):
             pass
         except Exception:
             self.handle_error(handler.request, handler.client_address)
         self.handlers.discard(handler)
-        if not handler.slow:
-            self.selector.unregister(handler.request)
+        self.selector.unregister(handler.request)
         self.shutdown_request(handler.request)
-        return False
-
-    def process_request_thread(self, request, handler):
-        """Serve a slow client to its end."""
-        request.settimeout(0.5)  # seconds between looks at its deadline
-        while self.advance(handler):
-            pass
 
     def handle_error(self, request, client_address):
         with contextlib.suppress(OSError, ValueError):
@@ -760,22 +757,26 @@ def port_number(text):
     return int(text)
 
 
+class Parser(argparse.ArgumentParser):
+    def format_help(self):
+        about = "eventbook: an event booking backend over HTTP"
+        return f"{about}\n\n{super().format_help()}"
+
+
 def parse_options():
     """What the command line and PORT say; exits with 2 if that is wrong."""
     users = "".join(f"  user-id: {user}  {role}\n" for user, role in USERS.items())
     example = "  curl -H 'user-id: 2' http://localhost:3000/api/events"
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         epilog=f"users:\n{users}\nexample:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    port, option = os.environ.get("PORT") or "3000", parser.add_argument
+    option, port = parser.add_argument, os.environ.get("PORT") or "3000"
     words = "where to listen, 0 for any free port (default: $PORT, or else 3000)"
     option("-p", "--port", type=port_number, default=port, help=words)
     option("--host", default="127.0.0.1", help="default: %(default)s")
     option("--log", metavar="FILE", default=DEFAULT_LOG, help="default: %(default)s")
     option("--version", action="version", version=f"eventbook {VERSION}")
-    usage = f"eventbook: an event booking backend over HTTP\n\n{parser.format_help()}"
-    parser.format_help = lambda: usage
     return parser.parse_args()
 
 
