@@ -536,7 +536,7 @@ def interpret(method, target, version, fields):
 
 # ---- Connections -------------------------------------------------------------
 # A connection is a generator: straight-line code that yields where it has to wait. The
-# server's loop resumes it when its socket is ready, or when its time is over.
+# server's loop resumes it when its socket is ready, and ends it when its time is over.
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 STANDING = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
@@ -578,12 +578,10 @@ class Handler(BaseHTTPRequestHandler):
         self.deadline = time.monotonic() + self.server.request_time
         while not self.close_connection:
             octets = self.respond() if self.inbox else b""
+            yield from self.send(octets)
             if octets in (b"", CONTINUE):
-                yield from self.send(octets)
                 self.inbox += yield from self.receive()
             else:
-                self.deadline = time.monotonic() + self.server.answer_time
-                yield from self.send(octets)
                 self.deadline = time.monotonic() + self.server.request_time
                 if self.inbox:
                     yield EVENT_WRITE  # one answer each, then others have their turn
@@ -593,9 +591,9 @@ class Handler(BaseHTTPRequestHandler):
             self.inbox = yield from self.receive()
 
     def receive(self):
-        """What arrives next; raises OSError if nothing does, or not in time."""
+        """What arrives next; raises OSError if nothing will."""
         yield EVENT_READ
-        octets = yield from self.when_ready(EVENT_READ, self.request.recv, 64 * 1024)
+        octets = self.request.recv(64 * 1024)
         if not octets:
             raise ConnectionError("the client has ended")
         return octets
@@ -603,17 +601,10 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, octets):
         octets = memoryview(octets)
         while octets:
-            sent = yield from self.when_ready(EVENT_WRITE, self.request.send, octets)
-            octets = octets[sent:]
-
-    def when_ready(self, event, call, argument):
-        """What call(argument) gives when the socket is ready; raises OSError if late."""
-        while time.monotonic() < self.deadline:
             try:
-                return call(argument)
+                octets = octets[self.request.send(octets) :]
             except BlockingIOError:
-                yield event
-        raise TimeoutError("the deadline is over")
+                yield EVENT_WRITE
 
     def respond(self):
         """What to send next: an answer, 100 Continue, or nothing until more arrives."""
@@ -623,14 +614,9 @@ class Handler(BaseHTTPRequestHandler):
             if self.surplus:
                 raise Refusal(503, "All connections are at work", {"Retry-After": "1"})
             head, start = read_head(self.inbox)
-            if not head:
-                return b""
+            if not head or len(self.inbox) < start + head.length:
+                return self.invite(head, start)
             end = start + head.length
-            if len(self.inbox) < end:
-                if not head.expects or len(self.inbox) > start:
-                    return b""
-                admit(head.method, head.path, head.fields.get("user-id"))
-                return CONTINUE
             content, self.inbox = self.inbox[start:end], self.inbox[end:]
             persistent = head.persistent
             answer = perform(self.server.store, head, content)
@@ -639,8 +625,16 @@ class Handler(BaseHTTPRequestHandler):
         except Exception:
             self.server.handle_error(self.request, self.client_address)
             answer = Answer(500, {"error": "Internal server error"})
+        self.deadline = time.monotonic() + self.server.answer_time
         self.close_connection = not persistent or self.server.stopping
         return octets_of(answer, self.close_connection, with_content)
+
+    def invite(self, head, start):
+        """100 Continue, once, if the client waits to be asked for content; refuses."""
+        if not head or not head.expects or len(self.inbox) > start:
+            return b""
+        admit(head.method, head.path, head.fields.get("user-id"))
+        return CONTINUE
 
 
 class Server(ThreadingHTTPServer):
@@ -691,9 +685,9 @@ class Server(ThreadingHTTPServer):
                 self.welcome()
         for handler in list(self.handlers):
             if handler.deadline < end:
-                self.advance(handler)
+                self.end(handler)
             elif self.stopping and handler.event == EVENT_READ and not handler.inbox:
-                handler.deadline = min(handler.deadline, end + 0.05)  # if it just asks
+                handler.deadline = end  # it may have just asked: one more round tells
 
     def welcome(self, most=32):
         """Accept newcomers, but only so many before others are served again."""
@@ -721,9 +715,7 @@ class Server(ThreadingHTTPServer):
         """End the connection whose deadline is next; False if all take answers."""
         idle = [h for h in self.handlers if h.event == EVENT_READ and not h.surplus]
         if idle:
-            handler = min(idle, key=lambda handler: handler.deadline)
-            handler.deadline = time.monotonic()
-            self.advance(handler)
+            self.end(min(idle, key=lambda handler: handler.deadline))
         return bool(idle)
 
     def advance(self, handler):
@@ -738,7 +730,11 @@ class Server(ThreadingHTTPServer):
             pass
         except Exception:
             self.handle_error(handler.request, handler.client_address)
-        self.handlers.discard(handler)
+        self.end(handler)
+
+    def end(self, handler):
+        handler.steps.close()
+        self.handlers.remove(handler)
         self.selector.unregister(handler.request)
         self.shutdown_request(handler.request)
 
