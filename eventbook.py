@@ -8,14 +8,14 @@ Organizers create and update events, customers list them, book tickets and cance
     event      Event(1, "Tech Conference 2026", "2026-02-15", 3, etag='"5f0c-1"')
     booking    Booking(1, 1, 2): booking 1 is one ticket of event 1 for customer 2
     operation  Store.book(store, request): what a route does
-    refusal    Refusal(404, "Event not found"): raised anywhere, answered in one place
+    refusal    Refusal(404, "Event not found"): what "refuses (404)" says may be raised
     inbox      b"GET / HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n": what has arrived of requests
 
 1. State changes only inside Store, under its lock, and only if no observer objects: a
    booking's line is in the log before the booking exists.
-2. Down to the routes, HTTP is no more than a Request, an Answer and their fields. From
-   there to the command line, nothing knows what a booking is.
-3. One thread serves all clients and never waits for one of them; another one prints.
+2. Before the routes, HTTP is no more than a Request, an Answer and their fields. After
+   them, up to the command line, nothing knows what a booking is.
+3. One thread serves all clients and never waits for one; another prints notifications.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def is_title(value):
 
 
 def is_date(value):
-    with contextlib.suppress(TypeError, ValueError):  # no text; no day of any calendar
+    with contextlib.suppress(TypeError, ValueError):  # no text; no such day
         # The pattern first: what else fromisoformat() takes depends on the Python.
         return DATE.fullmatch(value) and date.fromisoformat(value[:10])
 
@@ -93,8 +93,8 @@ PAGE = {
 }
 FLAG = (lambda value: value in ("true", "false"), "true or false")
 EVENT_PAGE = {**PAGE, "available": FLAG}
-VISIBLE = re.compile("[!-~]{1,255}").fullmatch
-KEY = {"Idempotency-Key": (VISIBLE, "1 to 255 visible characters")}
+IS_KEY = re.compile("[!-~]{1,255}").fullmatch
+KEY = {"Idempotency-Key": (IS_KEY, "1 to 255 visible characters")}
 UNKNOWN = (lambda value: False, "no field of this name is known")
 
 
@@ -132,12 +132,12 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 
 
 def encode(content):
-    """A line of JSON in UTF-8; raises ValueError for what neither can say."""
+    """A line of JSON in UTF-8; raises ValueError for what either cannot say."""
     return ENCODER.encode(content).encode() + b"\n"
 
 
 def visible(record):
-    """What a client sees of a record: all but the ETag, which is a header field."""
+    """What the JSON of a record shows: all but the ETag, which is a header field."""
     return {name: value for name, value in record._asdict().items() if name != "etag"}
 
 
@@ -181,7 +181,7 @@ LINE = '{"event":"%s","timestamp":"%s","data":{"id":%d,"eventId":%d,"customerId"
 
 
 class Log:
-    """A JSON Lines file: an appended line survives kill -9, if no power cut."""
+    """A JSON Lines file: an appended line survives kill -9, though no power cut."""
 
     def __init__(self, path):
         """Open or create it, and end the half line of a crash; raises OSError."""
@@ -250,7 +250,7 @@ class Store(Observable):
         super().__init__()
         # The law of the lock: what reads or changes the dicts is one `with`, check and
         # change together. Observers run under it, so log lines are in order of changes.
-        self.lock = threading.RLock()
+        self.lock = threading.RLock()  # reentrant: some operations use event()
         self.nonce = os.urandom(6).hex()  # of this run; no ETag of another is alike
         self.changes = self.last_booking = 0
         self.events = {}  # event id -> Event
@@ -445,11 +445,11 @@ def perform(store, head, content):
 
 
 # ---- Reading a request -------------------------------------------------------
-# The library hands the header to an e-mail parser, which forgives folded lines, bare
-# line feeds, two lengths, a missing Host. Such are the ways to make two servers differ
-# on where a request ends, or for whom it is (request smuggling). So nothing is forgiven
-# here but an empty line in front: the whole head must match one pattern before any of
-# it is acted on. RFC 9112, sections 2 to 7.
+# The library's own reader, which hands the header to an e-mail parser, forgives folded
+# lines, bare line feeds, two lengths, a missing Host. Such are the ways to make two
+# servers differ on where a request ends, or for whom it is (request smuggling). So
+# nothing is forgiven here but an empty line in front: the whole head must match one
+# pattern before anything is done for it. RFC 9112, sections 2 to 7.
 
 LINE_LIMIT = 8 * 1024  # octets of the request line; nginx's default
 HEADER_LIMIT = 16 * 1024  # octets of all field lines; Node.js's default
@@ -466,7 +466,6 @@ WHOLE_HEAD = re.compile(f"{REQUEST_LINE}((?:{FIELD_LINE})*)")
 PART_OF_HEAD = re.compile(f"({REQUEST_LINE}({FIELD_LINE})*)?[\t -~\x80-\xff]*\r?")
 NAME = "([0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"
 AUTHORITY = rf"({NAME}|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\])(:[0-9]{{0,5}})?"
-HOST = re.compile(AUTHORITY)
 ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
 
 
@@ -476,8 +475,7 @@ def read_head(inbox):
     begin = 2 if inbox.startswith(b"\r\n") else 0  # RFC 9112, section 2.2
     end = inbox.find(b"\r\n\r\n", begin)
     if end == -1:
-        text = checked_for_size(inbox[begin:])
-        if not PART_OF_HEAD.fullmatch(text):
+        if not PART_OF_HEAD.fullmatch(checked_for_size(inbox[begin:])):
             raise Refusal(400, "Malformed request")
         return None, 0
     return parse_head(inbox[begin : end + 2]), end + 4
@@ -503,7 +501,7 @@ def parse_head(head):
     method, target, version, lines = match.groups()
     if version not in ("1.0", "1.1"):
         raise Refusal(505, "HTTP/1.0 and HTTP/1.1 are spoken here")
-    fields = {}  # repeated ones joined by a comma, which those that must be single lack
+    fields = {}  # repeated ones joined by ", ", which those that must be single lack
     for line in lines.split("\r\n")[:-1]:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
@@ -514,7 +512,7 @@ def parse_head(head):
 def interpret(method, target, version, fields):
     """The Head that a well-formed head means; refuses."""
     host = fields.get("host", "")
-    if (host or version == "1.1") and not HOST.fullmatch(host):
+    if (host or version == "1.1") and not re.fullmatch(AUTHORITY, host):
         raise Refusal(400, "Exactly one valid Host is needed")
     length = fields.get("content-length", "0")
     if not re.fullmatch("[0-9]+", length):
@@ -525,7 +523,7 @@ def interpret(method, target, version, fields):
     path, _, query = ABSOLUTE_FORM.sub("/", target).partition("?")
     if not path.startswith("/") and (method, target) != ("OPTIONS", "*"):
         raise Refusal(400, "Invalid request target")
-    length = int(length.lstrip("0")[:9] or 0)  # int() takes no more than 4,300 digits
+    length = int(length.lstrip("0")[:9] or 0)  # int() takes 4,300 digits; 9 say enough
     if length > CONTENT_LIMIT:
         raise Refusal(413, "Content too large")
     options = re.split("[ \t]*,[ \t]*", fields.get("connection", "").lower())
@@ -562,7 +560,7 @@ class Handler(BaseHTTPRequestHandler):
     """A connection. It has until its deadline to send a request or take an answer."""
 
     inbox, close_connection = b"", False
-    event = EVENT_READ  # that it waits for
+    awaited = EVENT_READ
     surplus = False  # there was no room for it
 
     def __init__(self, request, client_address, server):
@@ -609,7 +607,7 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self):
         """What to send next: an answer, 100 Continue, or nothing until more arrives."""
         with_content = not self.inbox.startswith((b"HEAD ", b"\r\nHEAD "))
-        persistent = False  # after a refusal, where the next request begins is unknown
+        persistent = False  # before the end of one, the next one's begin is unknown
         try:
             if self.surplus:
                 raise Refusal(503, "All connections are at work", {"Retry-After": "1"})
@@ -642,6 +640,7 @@ class Server(ThreadingHTTPServer):
     for each connection, spend half their time on handing on the interpreter's lock."""
 
     allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
+    allow_reuse_port = False  # and so would they here
     connection_limit = 512 if os.name == "posix" else 500  # select() takes 512
     request_queue_size = connection_limit
     request_time = answer_time = 15.0  # seconds for all of it, however slowly it comes
@@ -675,7 +674,7 @@ class Server(ThreadingHTTPServer):
         self.stopping = True
 
     def serve_for(self, seconds):
-        """Serve whoever is ready; then end the overdue, to stop also the idle."""
+        """Serve whoever is ready; then end the overdue and, to stop, the idle."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             ready = [key.data for key, _ in self.selector.select(seconds)]
@@ -686,7 +685,7 @@ class Server(ThreadingHTTPServer):
         for handler in list(self.handlers):
             if handler.deadline < end:
                 self.end(handler)
-            elif self.stopping and handler.event == EVENT_READ and not handler.inbox:
+            elif self.stopping and handler.awaited == EVENT_READ and not handler.inbox:
                 handler.deadline = end  # it may have just asked: one more round tells
 
     def welcome(self, most=32):
@@ -696,7 +695,7 @@ class Server(ThreadingHTTPServer):
                 request, address = self.get_request()
             except (BlockingIOError, ConnectionError):  # nobody, or not any more
                 return
-            except OSError:  # out of descriptors
+            except OSError:  # out of descriptors, most likely
                 if not self.make_room():
                     time.sleep(0.05)
                 return
@@ -712,8 +711,8 @@ class Server(ThreadingHTTPServer):
         self.advance(handler)
 
     def make_room(self):
-        """End the connection whose deadline is next; False if all take answers."""
-        idle = [h for h in self.handlers if h.event == EVENT_READ and not h.surplus]
+        """End, of those who wait for their client, the one due next; False if none."""
+        idle = [h for h in self.handlers if h.awaited == EVENT_READ and not h.surplus]
         if idle:
             self.end(min(idle, key=lambda handler: handler.deadline))
         return bool(idle)
@@ -722,9 +721,9 @@ class Server(ThreadingHTTPServer):
         """Run a connection to its next wait, or to its end."""
         try:
             event = next(handler.steps)
-            if event != handler.event:
+            if event != handler.awaited:
                 self.selector.modify(handler.request, event, handler)
-                handler.event = event
+                handler.awaited = event
             return
         except (StopIteration, OSError):
             pass

@@ -1445,6 +1445,16 @@ def test_a_refusal_can_be_read_by_a_client_that_still_sends(server):
     assert statuses(server.talk(octets)) == [400]
 
 
+def test_a_refused_client_may_take_its_time(server):
+    with server.connect() as client:
+        client.sendall(b"\0")
+        for _ in range(50):
+            server.pause()
+            client.sendall(b"x")
+        client.shutdown(socket.SHUT_WR)
+        assert statuses(read_to_end(client)) == [400]
+
+
 # ---- Faults ------------------------------------------------------------------
 
 DEFECTS = [
