@@ -13,9 +13,10 @@ Organizers create and update events, customers list them, book tickets and cance
 
 1. State changes only inside Store, under its lock, and only if no observer objects: a
    booking's line is in the log before the booking exists.
-2. Before the routes, HTTP is no more than a Request, an Answer and their fields. After
-   them, up to the command line, nothing knows what a booking is.
-3. One thread serves all clients and never waits for one; another prints notifications.
+2. Above the routes nothing knows a socket, below them nothing knows a booking; what
+   crosses is a Request in, and an Answer out or a Refusal raised.
+3. One thread, in Server, serves all clients; what waits for a client is a generator, in
+   Handler. Only the printing of notifications has a thread of its own.
 """
 
 import argparse
@@ -39,8 +40,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 
 VERSION = "1.0.0"
-HERE = os.path.dirname(os.path.abspath(__file__))
-DEFAULT_LOG = os.path.join(HERE, "logs", "events.log.jsonl")
+DEFAULT_LOG = os.path.abspath(os.path.join(__file__, "../logs/events.log.jsonl"))
 
 # ---- Records and rules -------------------------------------------------------
 # The nouns, and what is valid. A record never changes: another takes its place.
@@ -501,7 +501,7 @@ def parse_head(head):
     method, target, version, lines = match.groups()
     if version not in ("1.0", "1.1"):
         raise Refusal(505, "HTTP/1.0 and HTTP/1.1 are spoken here")
-    fields = {}  # repeated ones joined by ", ", which those that must be single lack
+    fields = {}  # repeated ones joined by ", ", which no Host, length, user or key has
     for line in lines.split("\r\n")[:-1]:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
@@ -641,7 +641,7 @@ class Server(ThreadingHTTPServer):
 
     allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
     allow_reuse_port = False  # and so would they here
-    connection_limit = 512 if os.name == "posix" else 500  # select() takes 512
+    connection_limit = 512 if os.name == "posix" else 500  # select() takes 512 in all
     request_queue_size = connection_limit
     request_time = answer_time = 15.0  # seconds for all of it, however slowly it comes
     linger_time = 2.0  # seconds for a client to read why it was refused
@@ -766,7 +766,8 @@ def parse_options():
         epilog=f"users:\n{users}\nexample:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    option, port = parser.add_argument, os.environ.get("PORT") or "3000"
+    port = os.environ.get("PORT") or "3000"
+    option = parser.add_argument
     words = "where to listen, 0 for any free port (default: $PORT, or else 3000)"
     option("-p", "--port", type=port_number, default=port, help=words)
     option("--host", default="127.0.0.1", help="default: %(default)s")
@@ -778,7 +779,7 @@ def parse_options():
 def console():
     """write(text) for stdout, past buffers that could fail, or wait, at exit."""
     if sys.stdout is None:
-        return len
+        return lambda text: None
     raw = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
     return lambda text: raw.write(text.encode(sys.stdout.encoding, "replace"))
 
