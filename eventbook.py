@@ -470,14 +470,14 @@ ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
 
 
 def read_head(inbox):
-    """(Head, octets read), or (None, 0) if more must arrive; refuses (400, 411, 413,
+    """(Head, octets read), or twice None if more must arrive; refuses (400, 411, 413,
     414, 431, 505), a malformed line or too much of it without waiting for the rest."""
     begin = 2 if inbox.startswith(b"\r\n") else 0  # RFC 9112, section 2.2
     end = inbox.find(b"\r\n\r\n", begin)
     if end == -1:
         if not PART_OF_HEAD.fullmatch(checked_for_size(inbox[begin:])):
             raise Refusal(400, "Malformed request")
-        return None, 0
+        return None, None
     return parse_head(inbox[begin : end + 2]), end + 4
 
 
@@ -593,7 +593,7 @@ class Handler(BaseHTTPRequestHandler):
         yield EVENT_READ
         octets = self.request.recv(64 * 1024)
         if not octets:
-            raise ConnectionError("the client has ended")
+            raise ConnectionError  # the client has ended
         return octets
 
     def send(self, octets):

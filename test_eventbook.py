@@ -324,7 +324,7 @@ def test_the_code_and_the_root_tell_these_routes(common):
     assert listed == [(*one[:2], list(one.roles)) for one in eventbook.ROUTES] == ROUTES
 
 
-NO_USERS = ["", "2 2", "2\r\nUser-Id: 2", *"0 4 -2 +2 02 2.0 2,2 ２ two ²".split()]
+NO_USERS = ["", "2 2", "2\r\nUser-Id: 2", *"0 4 -2 +2 02 X2 2.0 2,2 ２ two ²".split()]
 
 
 @each("user", NO_USERS)
@@ -1127,7 +1127,7 @@ def test_a_conversation_goes_on_or_is_closed(common, octets, expected):
     check_standing_fields(found[-1])
 
 
-@each("status, octets", [(414, b"x" * 8193), (431, GET[:-2] + b"X: " + b"x" * 16384)])
+@each("status, octets", [(414, b"X" * 8193), (431, GET[:-2] + b"X: " + b"x" * 16384)])
 def test_a_head_that_is_too_large_is_refused_before_its_end(common, status, octets):
     assert statuses(common.talk(octets, half_close=False)) == [status]
 
@@ -1495,6 +1495,29 @@ def test_a_stopped_server_leaves_no_descriptor_open():
         assert site.call("GET", "/").status == 200
         assert open_files() > held
     eventually(lambda: open_files() <= held)
+
+
+def test_out_of_descriptors_it_neither_spins_nor_sleeps_long():
+    tries = []
+
+    class Exhausted(eventbook.Server):
+        def get_request(self):
+            tries.append(time.monotonic())
+            raise OSError("Too many open files")
+
+    with serving(eventbook.Store(), Exhausted) as site, site.connect():
+        eventually(lambda: len(tries) >= 3)
+    assert 0.09 < tries[2] - tries[0] < 0.9
+
+
+def test_an_idle_client_does_not_hold_up_the_end():
+    with contextlib.ExitStack() as stack:
+        with serving(eventbook.Store()) as site:
+            idle = stack.enter_context(site.connect())
+            idle.sendall(GET)
+            assert answer(idle).status == 200
+            stopped = time.monotonic()
+        assert time.monotonic() - stopped < 0.9
 
 
 class Faulty(eventbook.Server):
