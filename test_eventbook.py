@@ -1787,7 +1787,7 @@ def test_help_says_what_it_is_and_how_to_use_it(launch):
     example = "  curl -H 'user-id: 2' http://localhost:3000/api/events"
     assert stdout.endswith(f"\n\nusers:\n{users}\nexample:\n{example}\n")
     words = "where to listen, 0 for any free port (default: $PORT, or else 3000)"
-    assert words in (folded := " ".join(stdout.split()))
+    assert f" {words}" in (folded := " ".join(stdout.split()))
     assert "--host HOST default: 127.0.0.1 --log FILE default: /" in folded
 
 
@@ -1798,11 +1798,13 @@ def test_version(launch):
 def test_the_log_is_beside_the_program_by_default(launch, tmp_path):
     """Wherever it is started: here a copy of it alone, from another folder."""
     (tmp_path / "home").mkdir()
-    process = launch("-p", "0", program=shutil.copy(PROGRAM, tmp_path / "home"))
-    site = site_of(process, tmp_path / "home" / "logs" / "events.log.jsonl")
-    site.call("POST", "/api/events", 1, EVENT)
-    site.call(*BOOKING)
-    assert len(site.entries()) == 1
+    program = shutil.copy(PROGRAM, tmp_path / "home")
+    for lines in 1, 2:
+        log = tmp_path / "home" / "logs" / "events.log.jsonl"
+        site = site_of(launch("-p", "0", program=program), log)
+        site.call("POST", "/api/events", 1, EVENT)
+        site.call(*BOOKING)
+        assert len(site.entries()) == lines
 
 
 def refuses_connections(site):
@@ -1886,14 +1888,25 @@ def test_a_console_of_any_kind_harms_nothing(launch):
     assert " Booking confirmation email sent for booking 3\n" in printed
 
 
-@posix
-def test_a_console_that_takes_nothing_does_not_hold_up_the_end(program):
-    """A pipe holds so much, then the thread that prints waits; nobody else does."""
+@pytest.fixture
+def unread(program):
+    """A program with 4,000 lines to print, of which its console has taken a third."""
     program.call("POST", "/api/events", 1, {**EVENT, "availableTickets": 5000})
-    found = program.talk(BOOK * 4000)
-    assert statuses(found) == [201] * 4000
+    assert statuses(program.talk(BOOK * 4000)) == [201] * 4000
     program.process.terminate()
-    assert program.process.wait(5) == 0
+    return program
+
+
+@posix
+def test_a_console_that_takes_nothing_does_not_hold_up_the_end(unread):
+    assert unread.process.wait(5) == 0
+
+
+@posix
+def test_what_is_queued_in_the_end_is_printed(unread):
+    eventually(lambda: refuses_connections(unread))
+    status, printed, trouble = outcome(unread.process)
+    assert (status, printed.count("📧"), trouble) == (0, 4000, "")
 
 
 @linux
