@@ -1202,6 +1202,18 @@ def test_pipelined_requests_are_answered_in_order(server):
     assert [json.loads(one.content)["id"] for one in found] == [*range(1, 51)] * 2
 
 
+def test_a_second_answer_does_not_wait_for_the_first_to_be_acknowledged(common):
+    """Nagle's algorithm would hold it back for 40 ms."""
+    begun = time.monotonic()
+    with common.connect() as client:
+        for _ in range(50):
+            client.sendall(GET + GET)
+            found = b""
+            while found.count(b"HTTP/1.1 200 OK") < 2:
+                found += client.recv(99_999)
+    assert time.monotonic() - begun < 1
+
+
 def test_a_request_cut_anywhere_is_never_acted_on(server, call, event):
     for octets in CREATE, BOOK:
         for at in range(len(octets)):
@@ -1508,6 +1520,30 @@ def test_out_of_descriptors_it_neither_spins_nor_sleeps_long():
     with serving(eventbook.Store(), Exhausted) as site, site.connect():
         eventually(lambda: len(tries) >= 3)
     assert 0.09 < tries[2] - tries[0] < 0.9
+
+
+def test_who_stood_in_the_queue_when_it_was_stopped_is_answered():
+    held, go_on, servers = threading.Event(), threading.Event(), []
+
+    class Noted(eventbook.Server):
+        def server_activate(self):
+            super().server_activate()
+            servers.append(self)
+
+    store = eventbook.Store()
+    store.on("event.updated", lambda *_: held.set() or go_on.wait(10))
+    with serving(store, Noted) as site:
+        site.call("POST", "/api/events", 1, EVENT)
+        with site.connect() as busy:
+            busy.sendall(request("PUT", "/api/events/1", user=1))
+            assert held.wait(10)
+            with site.connect() as late:
+                late.sendall(GET)
+                servers[0].shutdown()
+                over = time.monotonic() + 0.02
+                eventually(lambda: time.monotonic() > over)  # and so is its poll
+                go_on.set()
+                assert (answer(busy).status, answer(late).status) == (200, 200)
 
 
 def test_an_idle_client_does_not_hold_up_the_end():
