@@ -460,7 +460,7 @@ CONTENT_LIMIT = 64 * 1024  # octets; an event, all of it escaped, has less than 
 Head = namedtuple("Head", "method path query fields length persistent expects")
 
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = f'({TOKEN}) ([!"$-~]+) HTTP/([0-9][.][0-9])\r\n'
+REQUEST_LINE = f'({TOKEN}) ([!"$-~]+) HTTP/([1-9][.][0-9])\r\n'
 FIELD_LINE = f"{TOKEN}:[\t -~\x80-\xff]*\r\n"
 WHOLE_HEAD = re.compile(f"{REQUEST_LINE}((?:{FIELD_LINE})*)")
 PART_OF_HEAD = re.compile(f"({REQUEST_LINE}({FIELD_LINE})*)?[\t -~\x80-\xff]*\r?")
@@ -585,8 +585,8 @@ class Handler(BaseHTTPRequestHandler):
                     yield EVENT_WRITE  # one answer each, then others have their turn
         self.request.shutdown(socket.SHUT_WR)
         self.deadline = time.monotonic() + self.server.linger_time
-        while self.inbox:  # input that nobody reads would make close() a reset
-            self.inbox = yield from self.receive()
+        while True:  # input that nobody reads would make close() take the answer back
+            yield from self.receive()
 
     def receive(self):
         """What arrives next; raises OSError if nothing will."""
@@ -641,7 +641,7 @@ class Server(ThreadingHTTPServer):
 
     allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
     allow_reuse_port = False  # and so would they here
-    connection_limit = 512 if os.name == "posix" else 500  # select() takes 512 in all
+    connection_limit = 512 if os.name == "posix" else 400  # select() takes 512 in all
     request_queue_size = connection_limit
     request_time = answer_time = 15.0  # seconds for all of it, however slowly it comes
     linger_time = 2.0  # seconds for a client to read why it was refused
@@ -679,7 +679,8 @@ class Server(ThreadingHTTPServer):
         while time.monotonic() < end:
             ready = [key.data for key, _ in self.selector.select(seconds)]
             for handler in filter(None, ready):
-                self.advance(handler)
+                if time.monotonic() < end:  # else it is still ready next time
+                    self.advance(handler)
             if None in ready:  # comes last, since it may end others
                 self.welcome()
         for handler in list(self.handlers):
@@ -696,7 +697,7 @@ class Server(ThreadingHTTPServer):
             except (BlockingIOError, ConnectionError):  # nobody, or not any more
                 return
             except OSError:  # out of descriptors, most likely
-                if not self.make_room():
+                if not self.make_room(self.handlers):
                     time.sleep(0.05)
                 return
             self.process_request(request, address)
@@ -704,18 +705,21 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Take a connection into the loop; the base would start a thread for it."""
         handler = Handler(request, client_address, self)
-        if len(self.handlers) >= self.connection_limit:
-            handler.surplus = not self.make_room()
+        regular = [each for each in self.handlers if not each.surplus]
+        if len(regular) >= self.connection_limit:
+            handler.surplus = not self.make_room(regular)
         self.handlers.add(handler)
         self.selector.register(request, EVENT_READ, handler)
         self.advance(handler)
 
-    def make_room(self):
-        """End, of those who wait for their client, the one due next; False if none."""
-        idle = [h for h in self.handlers if h.awaited == EVENT_READ and not h.surplus]
-        if idle:
-            self.end(min(idle, key=lambda handler: handler.deadline))
-        return bool(idle)
+    def make_room(self, handlers):
+        """End the one of these that is idle and due next; False if all are at work."""
+        idle = [each for each in handlers if each.awaited == EVENT_READ]
+        for handler in sorted(idle, key=lambda each: each.deadline):
+            self.advance(handler)  # which ends it, unless it has just sent something
+            if handler not in self.handlers:
+                return True
+        return False
 
     def advance(self, handler):
         """Run a connection to its next wait, or to its end."""
@@ -781,7 +785,13 @@ def console():
     if sys.stdout is None:
         return lambda text: None
     raw = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
-    return lambda text: raw.write(text.encode(sys.stdout.encoding, "replace"))
+
+    def write(text):
+        octets = text.encode(sys.stdout.encoding, "replace")
+        while octets:  # a pipe may take a part of them
+            octets = octets[raw.write(octets) :]
+
+    return write
 
 
 def open_store(log_path, notifier):
@@ -800,8 +810,9 @@ def main():
         if options.log == DEFAULT_LOG:
             os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
         store = open_store(options.log, notifier)
-        advice = f"cannot listen on {options.host}:{options.port}; try another --port"
-        server = Server((options.host, options.port), store)
+        address = options.host, options.port
+        advice = "cannot listen on {}:{}; try another --port or --host".format(*address)
+        server = Server(address, store)
     except (OSError, UnicodeError) as error:
         sys.exit(f"eventbook: {advice} ({error})")
 
@@ -811,9 +822,9 @@ def main():
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    url = f"http://{host}:{server.server_address[1]}".replace("127.0.0.1", "localhost")
-    notifier.say(f"eventbook listens on {url}")
+    host = "localhost" if options.host in ("127.0.0.1", "") else options.host
+    host = f"[{host}]" if ":" in host else host
+    notifier.say(f"eventbook listens on http://{host}:{server.server_address[1]}")
     notifier.start()
     server.serve_forever()
     notifier.close(timeout=2)

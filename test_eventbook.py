@@ -948,7 +948,7 @@ LINES = {  # request lines; a Host follows
     "|GET api/events HTTP/1.1|GET * HTTP/1.1|POST * HTTP/1.1|GET ? HTTP/1.1"
     "|GET a HTTP/1.1|CONNECT a:80 HTTP/1.1|GET http:// HTTP/1.1|GET http:/a HTTP/1.1"
     "|OPTIONS ** HTTP/1.1|GET http://u@a/ HTTP/1.1|GET http://a:b/ HTTP/1.1"
-    "|GET \\ HTTP/1.1|\ufeffGET / HTTP/1.1",
+    "|GET \\ HTTP/1.1|\ufeffGET / HTTP/1.1|GET / HTTP/0.9|GET / HTTP/0.0",
     414: "GET /" + "x" * 8192 + " HTTP/1.1|" + "x" * 9000,
     505: "GET / HTTP/2.0|GET / HTTP/1.2|GET / HTTP/3.0|GET / HTTP/9.9|PRI * HTTP/2.0",
 }
@@ -1416,6 +1416,38 @@ def test_whoever_comes_while_all_are_at_work_is_sent_away(small):
         assert [answer(client).status for client in more] == [503] * 9
 
 
+def test_those_who_were_sent_away_take_no_room(small):
+    """Nor do those who would be, but never ask."""
+    long_list(small)
+    with stuck_client(small), contextlib.ExitStack() as stack:
+        with stuck_client(small):
+            for _ in "123":
+                stack.enter_context(small.connect())
+            assert small.call("GET", "/").status == 503
+        eventually(lambda: small.call("GET", "/").status == 200)
+
+
+def test_who_has_just_asked_does_not_make_room():
+    """The only place is taken by one who asks while a newcomer comes in."""
+    asking = []
+
+    class One(eventbook.Server):
+        connection_limit = 1
+
+        def get_request(self):
+            newcomer = super().get_request()
+            if asking:
+                asking.pop().sendall(GET)
+            return newcomer
+
+    with serving(eventbook.Store(), One) as site, site.connect() as kept:
+        kept.sendall(GET)
+        assert answer(kept).status == 200
+        asking.append(kept)
+        assert site.call("GET", "/").status == 503
+        assert answer(kept).status == 200
+
+
 def test_who_sends_many_requests_at_once_waits_for_the_others():
     """One answer each, in turn: here the other one comes before the last of many."""
     held, go_on = threading.Event(), threading.Event()
@@ -1434,8 +1466,7 @@ def test_who_sends_many_requests_at_once_waits_for_the_others():
             assert statuses(read_to_end(many)) == [200] + [201] * 3 + [400] * 497
 
 
-def test_one_that_speaks_while_it_makes_room_harms_nobody():
-    """It is closed in the same turn in which its request arrives."""
+def test_one_that_speaks_while_it_might_make_room_is_answered():
     held, go_on, store = threading.Event(), threading.Event(), eventbook.Store()
     store.on("event.updated", lambda *_: held.set() or go_on.wait(10))
     with serving(store, Small) as site:
@@ -1447,7 +1478,7 @@ def test_one_that_speaks_while_it_makes_room_harms_nobody():
                 idle.sendall(GET)
                 third.sendall(GET)
                 go_on.set()
-                assert answer(busy).status == answer(third).status == 200
+                assert [answer(one).status for one in (busy, idle, third)] == [200] * 3
         assert site.call("GET", "/").status == 200
 
 
@@ -1455,6 +1486,13 @@ def test_a_refusal_can_be_read_by_a_client_that_still_sends(server):
     """Closing with unread input would reset the connection and take the answer back."""
     octets = request("GET", "/", "X : 1") + b"x" * 1_000_000
     assert statuses(server.talk(octets)) == [400]
+
+
+def test_a_last_answer_too(server):
+    """Old clients send an empty line behind a request."""
+    octets = request("GET", "/", "Connection: close")
+    for _ in range(20):
+        assert statuses(server.talk(octets, b"\r\n")) == [200]
 
 
 def test_a_refused_client_may_take_its_time(server):
@@ -1544,6 +1582,25 @@ def test_who_stood_in_the_queue_when_it_was_stopped_is_answered():
                 eventually(lambda: time.monotonic() > over)  # and so is its poll
                 go_on.set()
                 assert (answer(busy).status, answer(late).status) == (200, 200)
+
+
+def test_many_that_take_long_do_not_hold_up_the_end_together():
+    """Twenty have asked for what takes 50 ms each; the server stops in the middle."""
+
+    class Short(eventbook.Server):
+        grace_time = 0.1
+
+    store, pause = eventbook.Store(), threading.Event()
+    store.on("event.updated", lambda *_: pause.wait(0.05))
+    with contextlib.ExitStack() as stack:
+        with serving(store, Short) as site:
+            site.call("POST", "/api/events", 1, EVENT)
+            clients = [stack.enter_context(site.connect()) for _ in range(20)]
+            for client in clients:
+                client.sendall(request("PUT", "/api/events/1", user=1))
+            assert answer(clients[0]).status == 200
+            stopped = time.monotonic()
+        assert time.monotonic() - stopped < 0.6
 
 
 def test_an_idle_client_does_not_hold_up_the_end():
@@ -1717,7 +1774,13 @@ def outcome(process, timeout=5):
     return process.returncode, stdout, stderr
 
 
-HOSTS_SHOWN = {"127.0.0.1": "localhost", "0.0.0.0": "0.0.0.0", "::1": "[::1]"}
+HOSTS_SHOWN = {
+    "127.0.0.1": "localhost",
+    "": "localhost",
+    "127.0.0.10": "127.0.0.10",
+    "0.0.0.0": "0.0.0.0",
+    "::1": "[::1]",
+}
 
 
 @each("host, shown", HOSTS_SHOWN.items())
@@ -1806,7 +1869,7 @@ def test_trouble_at_the_start_is_one_line_and_exit_1(launch, common, trouble):
     assert (status, stdout, stderr.count("\n")) == (1, "", 1)
     advice = {"log": "cannot write .; name another file with --log ("}
     host = re.escape(options[-1] if "host" in trouble else "127.0.0.1")
-    listening = rf"cannot listen on {host}:\d+; try another --port \("
+    listening = rf"cannot listen on {host}:\d+; try another --port or --host \("
     advice["folder"] = f"cannot write {options[-1]}; name another file with --log ("
     wanted = re.escape(advice[trouble]) if trouble in advice else listening
     assert re.match(f"eventbook: {wanted}", stderr)
@@ -1929,7 +1992,8 @@ def unread(program):
     """A program with 4,000 lines to print, of which its console has taken a third."""
     program.call("POST", "/api/events", 1, {**EVENT, "availableTickets": 5000})
     assert statuses(program.talk(BOOK * 4000)) == [201] * 4000
-    program.process.terminate()
+    for name in "SIGSTOP", "SIGCONT", "SIGTERM":  # Ctrl-Z, fg, and the end
+        program.process.send_signal(getattr(signal, name))
     return program
 
 
