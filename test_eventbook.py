@@ -1600,7 +1600,7 @@ def test_many_that_take_long_do_not_hold_up_the_end_together():
                 client.sendall(request("PUT", "/api/events/1", user=1))
             assert answer(clients[0]).status == 200
             stopped = time.monotonic()
-        assert time.monotonic() - stopped < 0.6
+        assert time.monotonic() - stopped < 0.9
 
 
 def test_an_idle_client_does_not_hold_up_the_end():
