@@ -13,8 +13,8 @@ Organizers create and update events, customers list them, book tickets and cance
 
 1. State changes only inside Store, under its lock, and only if no observer objects: a
    booking's line is in the log before the booking exists.
-2. Above the routes nothing knows a socket, below them nothing knows a booking; what
-   crosses is a Request in, and an Answer out or a Refusal raised.
+2. Above the routes nothing knows a socket; from there to the command line nothing knows
+   a booking. What crosses is a Request in, and an Answer out or a Refusal raised.
 3. One thread, in Server, serves all clients; what waits for a client is a generator, in
    Handler. Only the printing of notifications has a thread of its own.
 """
@@ -134,6 +134,11 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 def encode(content):
     """A line of JSON in UTF-8; raises ValueError for what either cannot say."""
     return ENCODER.encode(content).encode() + b"\n"
+
+
+def elements(field):
+    """The elements of a field that holds a list: RFC 9110, section 5.6.1."""
+    return re.split("[ \t]*,[ \t]*", field)
 
 
 def visible(record):
@@ -271,7 +276,7 @@ class Store(Observable):
         values = request.json()
         with self.lock:
             event = self.event(request)
-            tags = re.split("[ \t]*,[ \t]*", request.fields.get("if-match", event.etag))
+            tags = elements(request.fields.get("if-match", event.etag))
             if tags != ["*"] and event.etag not in tags:  # RFC 9110, 13.1.1
                 raise Refusal(412, "Event has changed", {"ETag": event.etag})
             check(values, {**UPDATE, "id": integer(event.id, event.id)})
@@ -526,7 +531,7 @@ def interpret(method, target, version, fields):
     length = int(length.lstrip("0")[:9] or 0)  # int() takes 4,300 digits; 9 say enough
     if length > CONTENT_LIMIT:
         raise Refusal(413, "Content too large")
-    options = re.split("[ \t]*,[ \t]*", fields.get("connection", "").lower())
+    options = elements(fields.get("connection", "").lower())
     persistent = version == "1.1" and "close" not in options
     expects = version == "1.1" and fields.get("expect", "").lower() == "100-continue"
     return Head(method, path, query, fields, length, persistent, expects)
@@ -607,7 +612,7 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self):
         """What to send next: an answer, 100 Continue, or nothing until more arrives."""
         with_content = not self.inbox.startswith((b"HEAD ", b"\r\nHEAD "))
-        persistent = False  # before the end of one, the next one's begin is unknown
+        persistent = False  # until it is known where the next request begins
         try:
             if self.surplus:
                 raise Refusal(503, "All connections are at work", {"Retry-After": "1"})
@@ -644,7 +649,7 @@ class Server(ThreadingHTTPServer):
     connection_limit = 512 if os.name == "posix" else 400  # select() takes 512 in all
     request_queue_size = connection_limit
     request_time = answer_time = 15.0  # seconds for all of it, however slowly it comes
-    linger_time = 2.0  # seconds for a client to read why it was refused
+    linger_time = 2.0  # seconds for a client to read its last answer
     grace_time = 2.0  # seconds for requests that have begun when the server stops
     server_bind = socketserver.TCPServer.server_bind  # HTTPServer's own asks the DNS
 
