@@ -651,6 +651,8 @@ class Server(ThreadingHTTPServer):
     request_time = answer_time = 15.0  # seconds for all of it, however slowly it comes
     linger_time = 2.0  # seconds for a client to read its last answer
     grace_time = 2.0  # seconds for requests that have begun when the server stops
+    # To be woken up takes longer than to answer: so it stays awake for what comes next.
+    awake_time = 0.0001  # seconds
     server_bind = socketserver.TCPServer.server_bind  # HTTPServer's own asks the DNS
 
     def __init__(self, address, store):
@@ -680,14 +682,17 @@ class Server(ThreadingHTTPServer):
 
     def serve_for(self, seconds):
         """Serve whoever is ready; then end the overdue and, to stop, the idle."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            ready = [key.data for key, _ in self.selector.select(seconds)]
+        end, awake = time.monotonic() + seconds, 0
+        while (now := time.monotonic()) < end:
+            selected = self.selector.select(0 if now < awake else seconds)
+            ready = [key.data for key, _ in selected]
             for handler in filter(None, ready):
                 if time.monotonic() < end:  # else it is still ready next time
                     self.advance(handler)
             if None in ready:  # comes last, since it may end others
                 self.welcome()
+            if ready:
+                awake = time.monotonic() + self.awake_time
         for handler in list(self.handlers):
             if handler.deadline < end:
                 self.end(handler)
@@ -831,7 +836,7 @@ def main():
     host = f"[{host}]" if ":" in host else host
     notifier.say(f"eventbook listens on http://{host}:{server.server_address[1]}")
     notifier.start()
-    server.serve_forever()
+    server.serve_forever(poll_interval=0.1)
     notifier.close(timeout=2)
 
 

@@ -1599,6 +1599,16 @@ def test_many_that_take_long_do_not_hold_up_the_end_together():
         assert time.monotonic() - stopped < 0.9
 
 
+def test_the_server_stays_awake_for_the_next_request_but_not_for_long():
+    """0.3 s after an answer have taken less than a third of the processor's time."""
+    with serving(eventbook.Store()) as site, site.connect() as client:
+        client.sendall(GET)
+        assert answer(client).status == 200
+        begun, over = time.process_time(), time.monotonic() + 0.3
+        eventually(lambda: time.monotonic() > over)
+        assert time.process_time() - begun < 0.1
+
+
 def test_an_idle_client_does_not_hold_up_the_end():
     with contextlib.ExitStack() as stack:
         with serving(eventbook.Store()) as site:
@@ -2003,7 +2013,7 @@ def test_what_is_queued_in_the_end_is_printed(program):
     for name in "SIGSTOP", "SIGCONT", "SIGINT":
         program.process.send_signal(getattr(signal, name))
     with pytest.raises(subprocess.TimeoutExpired):
-        program.process.wait(1)
+        program.process.wait(0.5)
     status, printed, trouble = outcome(program.process)
     assert (status, printed.count("📧"), trouble) == (0, 4000, "")
 
