@@ -652,7 +652,7 @@ class Server(ThreadingHTTPServer):
     linger_time = 2.0  # seconds for a client to read its last answer
     grace_time = 2.0  # seconds for requests that have begun when the server stops
     # To be woken up takes longer than to answer: so it stays awake for what comes next.
-    awake_time = 0.0001  # seconds
+    awake_time = 0.0002  # seconds
     server_bind = socketserver.TCPServer.server_bind  # HTTPServer's own asks the DNS
 
     def __init__(self, address, store):
