@@ -13,8 +13,8 @@ Organizers create and update events, customers list them, book tickets and cance
 
 1. State changes only inside Store, under its lock, and only if no observer objects: a
    booking's line is in the log before the booking exists.
-2. Above the routes nothing knows a socket; from there to the command line nothing knows
-   a booking. What crosses is a Request in, and an Answer out or a Refusal raised.
+2. Above the routes nothing knows a socket; between them and the command line nothing
+   knows a booking. They make a Request of a Head, and an Answer of a record.
 3. One thread, in Server, serves all clients; what waits for a client is a generator, in
    Handler. Only the printing of notifications has a thread of its own.
 """
@@ -46,7 +46,7 @@ DEFAULT_LOG = os.path.abspath(os.path.join(__file__, "../logs/events.log.jsonl")
 # The nouns, and what is valid. A record never changes: another takes its place.
 
 ORGANIZER, CUSTOMER = "ORGANIZER", "CUSTOMER"
-USERS = {"1": ORGANIZER, "2": CUSTOMER, "3": CUSTOMER}  # by user-id, as assigned
+USERS = {"1": ORGANIZER, "2": CUSTOMER, "3": CUSTOMER}  # user-id -> role
 
 Event = namedtuple("Event", "id title date availableTickets etag")
 Booking = namedtuple("Booking", "id eventId customerId")
@@ -76,7 +76,7 @@ def is_date(value):
 
 def integer(least, most):
     """A rule for whole numbers; True, 3.0 and "3" are none."""
-    words = f"an integer from {least} to {most:,}"
+    words = f"an integer from {least:,} to {most:,}"
     return (lambda value: type(value) is int and least <= value <= most), words
 
 
@@ -132,12 +132,12 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 
 
 def encode(content):
-    """A line of JSON in UTF-8; raises ValueError for what either cannot say."""
+    """A line of JSON in UTF-8; raises ValueError or RecursionError if there is none."""
     return ENCODER.encode(content).encode() + b"\n"
 
 
 def elements(field):
-    """The elements of a field that holds a list: RFC 9110, section 5.6.1."""
+    """The elements of a field that is a list: RFC 9110, section 5.6.1."""
     return re.split("[ \t]*,[ \t]*", field)
 
 
@@ -156,8 +156,7 @@ def page(query, rules, records):
     check(wanted, rules)
     if wanted.get("available") == "true":
         records = [event for event in records if event.availableTickets]
-    start = wanted.get("offset", 0)
-    part = records[start : start + wanted.get("limit", len(records))]
+    part = records[wanted.get("offset", 0) :][: wanted.get("limit")]
     content = encode([visible(record) for record in part])
     return Answer(200, content, {"X-Total-Count": len(records)})
 
@@ -249,13 +248,13 @@ class Notifier(threading.Thread):
 
 
 class Store(Observable):
-    """Events and bookings, in memory; they change nowhere else."""
+    """Events and bookings, in memory, for any number of threads (the server is one)."""
 
     def __init__(self):
         super().__init__()
         # The law of the lock: what reads or changes the dicts is one `with`, check and
         # change together. Observers run under it, so log lines are in order of changes.
-        self.lock = threading.RLock()  # reentrant: some operations use event()
+        self.lock = threading.RLock()  # reentrant: operations use one another
         self.nonce = os.urandom(6).hex()  # of this run; no ETag of another is alike
         self.changes = self.last_booking = 0
         self.events = {}  # event id -> Event
@@ -276,7 +275,7 @@ class Store(Observable):
         values = request.json()
         with self.lock:
             event = self.event(request)
-            tags = elements(request.fields.get("if-match", event.etag))
+            tags = elements(request.fields.get("if-match", "*"))
             if tags != ["*"] and event.etag not in tags:  # RFC 9110, 13.1.1
                 raise Refusal(412, "Event has changed", {"ETag": event.etag})
             check(values, {**UPDATE, "id": integer(event.id, event.id)})
@@ -475,8 +474,8 @@ ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
 
 
 def read_head(inbox):
-    """(Head, octets read), or twice None if more must arrive; refuses (400, 411, 413,
-    414, 431, 505), a malformed line or too much of it without waiting for the rest."""
+    """(Head, begin of content), or twice None if more must arrive; refuses (400, 411,
+    413, 414, 431, 505), a malformed line or too much without waiting for the rest."""
     begin = 2 if inbox.startswith(b"\r\n") else 0  # RFC 9112, section 2.2
     end = inbox.find(b"\r\n\r\n", begin)
     if end == -1:
@@ -566,7 +565,7 @@ class Handler(BaseHTTPRequestHandler):
 
     inbox, close_connection = b"", False
     awaited = EVENT_READ
-    surplus = False  # there was no room for it
+    surplus = False  # True: there is no room for it, and it will be told so
 
     def __init__(self, request, client_address, server):
         """Only begin; the base would serve the connection here, from begin to end."""
@@ -582,7 +581,7 @@ class Handler(BaseHTTPRequestHandler):
         while not self.close_connection:
             octets = self.respond() if self.inbox else b""
             yield from self.send(octets)
-            if octets in (b"", CONTINUE):
+            if octets in (b"", CONTINUE):  # no answer yet
                 self.inbox += yield from self.receive()
             else:
                 self.deadline = time.monotonic() + self.server.request_time
@@ -594,7 +593,7 @@ class Handler(BaseHTTPRequestHandler):
             yield from self.receive()
 
     def receive(self):
-        """What arrives next; raises OSError if nothing will."""
+        """What arrives next; raises OSError if nothing has come, or nothing will."""
         yield EVENT_READ
         octets = self.request.recv(64 * 1024)
         if not octets:
@@ -649,7 +648,7 @@ class Server(ThreadingHTTPServer):
     connection_limit = 512 if os.name == "posix" else 400  # select() takes 512 in all
     request_queue_size = connection_limit
     request_time = answer_time = 15.0  # seconds for all of it, however slowly it comes
-    linger_time = 2.0  # seconds for a client to read its last answer
+    linger_time = 2.0  # seconds for a client to read its last answer and close
     grace_time = 2.0  # seconds for requests that have begun when the server stops
     # To be woken up takes longer than to answer: so it stays awake for what comes next.
     awake_time = 0.0002  # seconds
@@ -681,9 +680,9 @@ class Server(ThreadingHTTPServer):
         self.stopping = True
 
     def serve_for(self, seconds):
-        """Serve whoever is ready; then end the overdue and, to stop, the idle."""
+        """Serve whoever is ready; then end who is overdue or, when stopping, idle."""
         end, awake = time.monotonic() + seconds, 0
-        while (now := time.monotonic()) < end:
+        while self.selector.get_map() and (now := time.monotonic()) < end:
             selected = self.selector.select(0 if now < awake else seconds)
             ready = [key.data for key, _ in selected]
             for handler in filter(None, ready):
@@ -697,7 +696,7 @@ class Server(ThreadingHTTPServer):
             if handler.deadline < end:
                 self.end(handler)
             elif self.stopping and handler.awaited == EVENT_READ and not handler.inbox:
-                handler.deadline = end  # it may have just asked: one more round tells
+                handler.deadline = end  # unless the next round finds a whole request
 
     def welcome(self, most=32):
         """Accept newcomers, but only so many before others are served again."""
@@ -723,10 +722,10 @@ class Server(ThreadingHTTPServer):
         self.advance(handler)
 
     def make_room(self, handlers):
-        """End the one of these that is idle and due next; False if all are at work."""
+        """End the one whose request is due next; False if all of these are at work."""
         idle = [each for each in handlers if each.awaited == EVENT_READ]
         for handler in sorted(idle, key=lambda each: each.deadline):
-            self.advance(handler)  # which ends it, unless it has just sent something
+            self.advance(handler)  # ends it, unless it has just sent something
             if handler not in self.handlers:
                 return True
         return False
@@ -767,6 +766,8 @@ def port_number(text):
 
 
 class Parser(argparse.ArgumentParser):
+    """Says what the program is above its usage; a description would stand below."""
+
     def format_help(self):
         about = "eventbook: an event booking backend over HTTP"
         return f"{about}\n\n{super().format_help()}"
@@ -791,7 +792,7 @@ def parse_options():
 
 
 def console():
-    """write(text) for stdout, past buffers that could fail, or wait, at exit."""
+    """write(text) for stdout, without a buffer: nothing is left to flush at exit."""
     if sys.stdout is None:
         return lambda text: None
     raw = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
