@@ -613,8 +613,9 @@ class Handler(BaseHTTPRequestHandler):
         with_content = not self.inbox.startswith((b"HEAD ", b"\r\nHEAD "))
         persistent = False  # until it is known where the next request begins
         try:
-            if self.surplus:
+            if self.surplus and not self.server.has_room():
                 raise Refusal(503, "All connections are at work", {"Retry-After": "1"})
+            self.surplus = False
             head, start = read_head(self.inbox)
             if not head or len(self.inbox) < start + head.length:
                 return self.invite(head, start)
@@ -628,7 +629,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.handle_error(self.request, self.client_address)
             answer = Answer(500, {"error": "Internal server error"})
         self.deadline = time.monotonic() + self.server.answer_time
-        self.close_connection = not persistent or self.server.stopping
+        done = self.server.stopping and not self.inbox
+        self.close_connection = done or not persistent
         return octets_of(answer, self.close_connection, with_content)
 
     def invite(self, head, start):
@@ -655,11 +657,12 @@ class Server(ThreadingHTTPServer):
     server_bind = socketserver.TCPServer.server_bind  # HTTPServer's own asks the DNS
 
     def __init__(self, address, store):
-        """Listen; raises OSError, or UnicodeError for a strange host."""
+        """Listen; raises OSError, or UnicodeError or TypeError for a strange host."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler)
         self.socket.setblocking(False)
-        self.store, self.stopping, self.handlers = store, False, set()
+        self.store, self.handlers = store, set()
+        self.stopping, self.until = False, float("inf")  # nobody is served after that
         self.selector = DefaultSelector()
         self.selector.register(self, EVENT_READ)
 
@@ -670,33 +673,35 @@ class Server(ThreadingHTTPServer):
         self.welcome(self.request_queue_size)
         self.selector.unregister(self)
         self.socket.close()
-        end = time.monotonic() + self.grace_time
-        while self.handlers and time.monotonic() < end:
+        while self.handlers and time.monotonic() < self.until:
             self.serve_for(0.05)
         self.selector.close()
 
     def shutdown(self):
         """Make serve_forever() return before long; does not wait for it."""
         self.stopping = True
+        self.until = min(self.until, time.monotonic() + self.grace_time)
 
     def serve_for(self, seconds):
         """Serve whoever is ready; then end who is overdue or, when stopping, idle."""
-        end, awake = time.monotonic() + seconds, 0
-        while self.selector.get_map() and (now := time.monotonic()) < end:
-            selected = self.selector.select(0 if now < awake else seconds)
-            ready = [key.data for key, _ in selected]
-            for handler in filter(None, ready):
-                if time.monotonic() < end:  # else it is still ready next time
-                    self.advance(handler)
-            if None in ready:  # comes last, since it may end others
-                self.welcome()
+        looked, stopping, awake = time.monotonic(), self.stopping, 0
+        end = looked + seconds
+        while looked < end and self.selector.get_map():
+            ready = self.selector.select(0 if looked < awake else seconds)
+            looked = time.monotonic()
+            for key, _ in ready:
+                if time.monotonic() > self.until:
+                    return
+                if key.data:
+                    self.advance(key.data)
+                else:
+                    self.welcome()
             if ready:
                 awake = time.monotonic() + self.awake_time
-        for handler in list(self.handlers):
-            if handler.deadline < end:
+        for handler in list(self.handlers):  # all who were ready have had their turn
+            idle = handler.awaited == EVENT_READ and not handler.inbox
+            if handler.deadline < looked or (stopping and idle):
                 self.end(handler)
-            elif self.stopping and handler.awaited == EVENT_READ and not handler.inbox:
-                handler.deadline = end  # unless the next round finds a whole request
 
     def welcome(self, most=32):
         """Accept newcomers, but only so many before others are served again."""
@@ -714,21 +719,23 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Take a connection into the loop; the base would start a thread for it."""
         handler = Handler(request, client_address, self)
-        regular = [each for each in self.handlers if not each.surplus]
-        if len(regular) >= self.connection_limit:
-            handler.surplus = not self.make_room(regular)
+        handler.surplus = not self.has_room()
         self.handlers.add(handler)
         self.selector.register(request, EVENT_READ, handler)
         self.advance(handler)
 
+    def has_room(self):
+        """Whether one more can be served, if need be in the place of another."""
+        regular = [each for each in self.handlers if not each.surplus]
+        return len(regular) < self.connection_limit or self.make_room(regular)
+
     def make_room(self, handlers):
         """End the one whose request is due next; False if all of these are at work."""
-        idle = [each for each in handlers if each.awaited == EVENT_READ]
-        for handler in sorted(idle, key=lambda each: each.deadline):
-            self.advance(handler)  # ends it, unless it has just sent something
-            if handler not in self.handlers:
-                return True
-        return False
+        asking = {key.data for key, _ in self.selector.select(0)}
+        idle = {each for each in handlers if each.awaited == EVENT_READ} - asking
+        if idle:
+            self.end(min(idle, key=lambda each: each.deadline))
+        return bool(idle)
 
     def advance(self, handler):
         """Run a connection to its next wait, or to its end."""
@@ -799,8 +806,11 @@ def console():
 
     def write(text):
         octets = text.encode(sys.stdout.encoding, "replace")
-        while octets:  # a pipe may take a part of them
-            octets = octets[raw.write(octets) :]
+        while octets:  # a pipe may take a part of them; one that never waits, nothing
+            taken = raw.write(octets) or 0
+            octets = octets[taken:]
+            if not taken:
+                time.sleep(0.01)
 
     return write
 
@@ -824,7 +834,7 @@ def main():
         address = options.host, options.port
         advice = "cannot listen on {}:{}; try another --port or --host".format(*address)
         server = Server(address, store)
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, TypeError) as error:
         sys.exit(f"eventbook: {advice} ({error})")
 
     def stop(_signal, _frame):

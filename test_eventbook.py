@@ -1445,7 +1445,19 @@ def test_those_who_were_sent_away_take_no_room(small):
         eventually(lambda: small.call("GET", "/").status == 200)
 
 
-def test_who_has_just_asked_does_not_make_room():
+def test_who_came_when_all_were_at_work_may_be_served_later(small):
+    """What counts is the moment when it asks."""
+    long_list(small)
+    with contextlib.ExitStack() as stack:
+        with stuck_client(small), stuck_client(small):
+            late = stack.enter_context(small.connect())
+            assert small.call("GET", "/").status == 503
+        eventually(lambda: len(small.server.handlers) == 1)
+        late.sendall(GET)
+        assert answer(late).status == 200
+
+
+def test_who_has_just_asked_does_not_make_room_unanswered():
     """The only place is taken by one who asks while a newcomer comes in."""
     asking = []
 
@@ -1462,7 +1474,7 @@ def test_who_has_just_asked_does_not_make_room():
         kept.sendall(GET)
         assert answer(kept).status == 200
         asking.append(kept)
-        assert site.call("GET", "/").status == 503
+        assert site.call("GET", "/").status == 200
         assert answer(kept).status == 200
 
 
@@ -1476,6 +1488,20 @@ def test_who_sends_many_requests_at_once_waits_for_the_others():
             assert answer(other).content["availableTickets"] > 0
             many.shutdown(socket.SHUT_WR)
             assert statuses(read_to_end(many)) == [200] + [201] * 3 + [400] * 497
+
+
+def test_who_asks_for_what_takes_long_has_one_turn_too():
+    """Three have sent ten requests of 10 ms each; a fourth asks for the root."""
+    store, pause, turns = eventbook.Store(), threading.Event(), []
+    store.on("event.updated", lambda *_: turns.append(pause.wait(0.01)))
+    with serving(store) as site, contextlib.ExitStack() as stack:
+        site.call("POST", "/api/events", 1, EVENT)
+        *many, other = [stack.enter_context(site.connect()) for _ in "1234"]
+        for client in many:
+            client.sendall(request("PUT", "/api/events/1", user=1) * 10)
+        other.sendall(GET)
+        assert answer(other).status == 200
+        assert len(turns) < 15
 
 
 def test_one_that_speaks_while_it_might_make_room_is_answered():
@@ -1580,12 +1606,39 @@ def test_who_stood_in_the_queue_when_it_was_stopped_is_answered():
             assert (answer(busy).status, answer(late).status) == (200, 200)
 
 
+def test_whoever_had_asked_when_it_was_stopped_is_answered():
+    """However long each takes; also one who had begun to, and all of one's requests."""
+    store, pause = eventbook.Store(), threading.Event()
+    store.on("event.updated", lambda *_: pause.wait(0.06))
+    put = request("PUT", "/api/events/1", user=1)
+    with serving(store) as site, contextlib.ExitStack() as stack:
+        site.call("POST", "/api/events", 1, EVENT)
+        first, *clients, half = [stack.enter_context(site.connect()) for _ in "1234"]
+        for client in first, *clients:
+            client.sendall(put + GET + GET)
+        half.sendall(put[:-2])
+        assert answer(first).status == 200
+        site.server.shutdown()
+        for client in clients:
+            assert statuses(read_to_end(client)) == [200] * 3
+        half.sendall(put[-2:])
+        assert answer(half).fields["connection"] == "close"
+
+
+class Short(eventbook.Server):
+    grace_time = 0.1
+
+
+def test_who_is_told_to_stop_again_and_again_takes_no_longer():
+    with serving(eventbook.Store(), Short) as site, site.connect() as half:
+        half.sendall(CREATE[:-2])
+        site.pause()
+        stopped = site.server.selector.get_map
+        eventually(lambda: site.server.shutdown() or stopped() is None)
+
+
 def test_many_that_take_long_do_not_hold_up_the_end_together():
     """Forty have asked for what takes 50 ms each; the server stops in the middle."""
-
-    class Short(eventbook.Server):
-        grace_time = 0.1
-
     store, pause = eventbook.Store(), threading.Event()
     store.on("event.updated", lambda *_: pause.wait(0.05))
     with contextlib.ExitStack() as stack:
@@ -1862,7 +1915,7 @@ def test_a_port_is_free_again_at_once(launch):
         assert outcome(process) == (0, "", "")
 
 
-@each("trouble", ["port", "log", "folder", "host", "odd host"])
+@each("trouble", ["port", "log", "folder", "host", "odd host", "long host"])
 def test_trouble_at_the_start_is_one_line_and_exit_1(launch, common, trouble):
     options = {
         "port": ("--log", "log", "-p", str(common.port)),
@@ -1870,6 +1923,7 @@ def test_trouble_at_the_start_is_one_line_and_exit_1(launch, common, trouble):
         "folder": ("-p", "0", "--log", os.path.join("none", "log")),
         "host": ("--log", "log", "-p", "0", "--host", "no.such.host.invalid"),
         "odd host": ("--log", "log", "-p", "0", "--host", "a..b"),
+        "long host": ("--log", "log", "-p", "0", "--host", "é" * 64),
     }[trouble]
     status, stdout, stderr = outcome(launch(*options), timeout=20)
     assert (status, stdout, stderr.count("\n")) == (1, "", 1)
@@ -2005,9 +2059,16 @@ def test_a_console_that_takes_nothing_does_not_hold_up_the_end():
     notifier.join(5)
 
 
+NO_WAIT = (
+    "import os, sys; os.set_blocking(1, False); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
 @posix
-def test_what_is_queued_in_the_end_is_printed(program):
+@each("shell", [(), (sys.executable, "-c", NO_WAIT)], ids=["waits", "never waits"])
+def test_what_is_queued_in_the_end_is_printed(launch, shell):
     """4,000 lines, of which the pipe holds a third, over Ctrl-Z, fg and Ctrl-C."""
+    program = site_of(launch("-p", "0", "--log", "log", shell=shell))
     program.call("POST", "/api/events", 1, {**EVENT, "availableTickets": 5000})
     assert statuses(program.talk(BOOK * 4000)) == [201] * 4000
     for name in "SIGSTOP", "SIGCONT", "SIGINT":
