@@ -259,7 +259,7 @@ class Store(Observable):
         self.changes = self.last_booking = 0
         self.events = {}  # event id -> Event
         self.bookings = {}  # booking id -> Booking while it lives, in order of id
-        self.by_key = OrderedDict()  # (customer id, Idempotency-Key) -> first Booking
+        self.by_key = OrderedDict()  # (customer id, key) -> its Booking, cancelled or not
         self.listed = {}  # the last query for events -> its Answer, until a change
 
     def create(self, request):
@@ -280,6 +280,7 @@ class Store(Observable):
                 raise Refusal(412, "Event has changed", {"ETag": event.etag})
             check(values, {**UPDATE, "id": integer(event.id, event.id)})
             sold = self._live("eventId", event.id)
+            # Also of an update that changes nothing, as assigned in test case 6.
             self.emit("event.updated", dict.fromkeys(each.customerId for each in sold))
             same = event._replace(**values) == event
             return event if same else self._put(event, **values)
@@ -292,9 +293,9 @@ class Store(Observable):
             if key is not None:
                 check({"Idempotency-Key": key}, KEY)
             first = self.by_key.get((request.user, key))
-            if first and first.eventId != event.id:
-                raise Refusal(422, "Idempotency-Key was used for another event")
             if first:
+                if first.eventId != event.id:
+                    raise Refusal(422, "Idempotency-Key was used for another event")
                 return first
             if not event.availableTickets:
                 raise Refusal(400, "Booking failed: sold out")
@@ -428,21 +429,21 @@ def admit(method, path, user):
         raise Refusal(401, "Unauthorized", {"WWW-Authenticate": "user-id"})
     if route.roles and USERS[user] not in route.roles:
         raise Refusal(403, "Access denied")
-    return route, int(ids[0]) if ids else None, int(user) if route.roles else None
+    return route, (int(ids[0]) if ids else None), (int(user) if route.roles else None)
 
 
 def perform(store, head, content):
     """The Answer to a request; refuses."""
     route, id, user = admit(head.method, head.path, head.fields.get("user-id"))
     request = Request(head.path, head.query, head.fields, content, id, user)
-    record = route.operation(store, request)
-    if isinstance(record, Answer):
-        return record
-    kind, content, fields = type(record).__name__.lower(), visible(record), {}
+    result = route.operation(store, request)
+    if isinstance(result, Answer):
+        return result
+    kind, content, fields = type(result).__name__.lower(), visible(result), {}
     if route.method == "POST":
-        fields["Location"] = f"/api/{kind}s/{record.id}"
+        fields["Location"] = f"/api/{kind}s/{result.id}"
     if kind == "event":
-        fields["ETag"] = record.etag
+        fields["ETag"] = result.etag
     if route.message:
         content = {"message": route.message, kind: content}
     return Answer(201 if route.method == "POST" else 200, content, fields)
@@ -452,8 +453,8 @@ def perform(store, head, content):
 # The library's own reader, which hands the header to an e-mail parser, forgives folded
 # lines, bare line feeds, two lengths, a missing Host. Such are the ways to make two
 # servers differ on where a request ends, or for whom it is (request smuggling). So
-# nothing is forgiven here but an empty line in front: the whole head must match one
-# pattern before anything is done for it. RFC 9112, sections 2 to 7.
+# none of them pass here, only an empty line in front is skipped: the whole head must
+# match one pattern before anything is done for it. RFC 9112, sections 2 to 7.
 
 LINE_LIMIT = 8 * 1024  # octets of the request line; nginx's default
 HEADER_LIMIT = 16 * 1024  # octets of all field lines; Node.js's default
@@ -488,7 +489,7 @@ def read_head(inbox):
 def checked_for_size(head):
     """The text of a head, or of what has arrived of one; refuses (414, 431)."""
     text = head.decode("latin-1")
-    line, _, header = text.rstrip("\r").partition("\r\n")
+    line, _, header = text.rstrip("\r").partition("\r\n")  # "\r": half a line end
     if len(line) > LINE_LIMIT:
         raise Refusal(414, "Request line too long")
     if len(header) > HEADER_LIMIT or header.count("\r\n") > FIELDS_LIMIT:
@@ -538,7 +539,8 @@ def interpret(method, target, version, fields):
 
 # ---- Connections -------------------------------------------------------------
 # A connection is a generator: straight-line code that yields where it has to wait. The
-# server's loop resumes it when its socket is ready, and ends it when its time is over.
+# server's loop resumes it when its socket is ready, and ends it when its time is over
+# or its room is needed.
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 STANDING = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
@@ -565,7 +567,7 @@ class Handler(BaseHTTPRequestHandler):
 
     inbox, close_connection = b"", False
     awaited = EVENT_READ
-    surplus = False  # True: there is no room for it, and it will be told so
+    surplus = False  # True: it is told so if there is still no room when it asks
 
     def __init__(self, request, client_address, server):
         """Only begin; the base would serve the connection here, from begin to end."""
@@ -573,7 +575,7 @@ class Handler(BaseHTTPRequestHandler):
         self.steps = self.converse()
 
     def converse(self):
-        """The connection from begin to end; yields the event it waits for."""
+        """The connection, until an OSError ends it; yields the event it waits for."""
         self.request.setblocking(False)
         # Nagle's algorithm would hold back the second of two answers for 40 ms.
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
@@ -613,7 +615,7 @@ class Handler(BaseHTTPRequestHandler):
         with_content = not self.inbox.startswith((b"HEAD ", b"\r\nHEAD "))
         persistent = False  # until it is known where the next request begins
         try:
-            if self.surplus and not self.server.has_room():
+            if self.surplus and not self.server.find_room():
                 raise Refusal(503, "All connections are at work", {"Retry-After": "1"})
             self.surplus = False
             head, start = read_head(self.inbox)
@@ -647,7 +649,7 @@ class Server(ThreadingHTTPServer):
 
     allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
     allow_reuse_port = False  # and so would they here
-    connection_limit = 512 if os.name == "posix" else 400  # select() takes 512 in all
+    connection_limit = 512 if os.name == "posix" else 400  # select() there takes 512
     request_queue_size = connection_limit
     request_time = answer_time = 15.0  # seconds for all of it, however slowly it comes
     linger_time = 2.0  # seconds for a client to read its last answer and close
@@ -657,7 +659,7 @@ class Server(ThreadingHTTPServer):
     server_bind = socketserver.TCPServer.server_bind  # HTTPServer's own asks the DNS
 
     def __init__(self, address, store):
-        """Listen; raises OSError, or UnicodeError or TypeError for a strange host."""
+        """Listen; raises OSError, or TypeError for a host that is no name."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler)
         self.socket.setblocking(False)
@@ -683,7 +685,7 @@ class Server(ThreadingHTTPServer):
         self.until = min(self.until, time.monotonic() + self.grace_time)
 
     def serve_for(self, seconds):
-        """Serve whoever is ready; then end who is overdue or, when stopping, idle."""
+        """Serve for so long; then end who is overdue or, if stopping already, idle."""
         looked, stopping, awake = time.monotonic(), self.stopping, 0
         end = looked + seconds
         while looked < end and self.selector.get_map():
@@ -719,18 +721,18 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Take a connection into the loop; the base would start a thread for it."""
         handler = Handler(request, client_address, self)
-        handler.surplus = not self.has_room()
+        handler.surplus = not self.find_room()
         self.handlers.add(handler)
         self.selector.register(request, EVENT_READ, handler)
         self.advance(handler)
 
-    def has_room(self):
+    def find_room(self):
         """Whether one more can be served, if need be in the place of another."""
         regular = [each for each in self.handlers if not each.surplus]
         return len(regular) < self.connection_limit or self.make_room(regular)
 
     def make_room(self, handlers):
-        """End the one whose request is due next; False if all of these are at work."""
+        """End who waits and is due first; False if all of these are at work."""
         asking = {key.data for key, _ in self.selector.select(0)}
         idle = {each for each in handlers if each.awaited == EVENT_READ} - asking
         if idle:
@@ -744,15 +746,14 @@ class Server(ThreadingHTTPServer):
             if event != handler.awaited:
                 self.selector.modify(handler.request, event, handler)
                 handler.awaited = event
-            return
-        except (StopIteration, OSError):
-            pass
+        except OSError:
+            self.end(handler)
         except Exception:
             self.handle_error(handler.request, handler.client_address)
-        self.end(handler)
+            self.end(handler)
 
     def end(self, handler):
-        handler.steps.close()
+        handler.steps.close()  # it and the handler refer to each other
         self.handlers.remove(handler)
         self.selector.unregister(handler.request)
         self.shutdown_request(handler.request)
@@ -834,7 +835,7 @@ def main():
         address = options.host, options.port
         advice = "cannot listen on {}:{}; try another --port or --host".format(*address)
         server = Server(address, store)
-    except (OSError, UnicodeError, TypeError) as error:
+    except (OSError, TypeError) as error:
         sys.exit(f"eventbook: {advice} ({error})")
 
     def stop(_signal, _frame):
