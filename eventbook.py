@@ -259,7 +259,7 @@ class Store(Observable):
         self.changes = self.last_booking = 0
         self.events = {}  # event id -> Event
         self.bookings = {}  # booking id -> Booking while it lives, in order of id
-        self.by_key = OrderedDict()  # (customer id, key) -> its Booking, cancelled or not
+        self.by_key = OrderedDict()  # (customer id, key) -> Booking, cancelled or not
         self.listed = {}  # the last query for events -> its Answer, until a change
 
     def create(self, request):
