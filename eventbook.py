@@ -672,7 +672,7 @@ class Server(ThreadingHTTPServer):
         """Serve until shutdown(), then for grace_time those whose request has begun."""
         while not self.stopping:
             self.serve_for(poll_interval)
-        self.welcome(self.request_queue_size)
+        self.welcome(self.request_queue_size + 1)  # Linux takes one more
         self.selector.unregister(self)
         self.socket.close()
         while self.handlers and time.monotonic() < self.until:
@@ -681,8 +681,7 @@ class Server(ThreadingHTTPServer):
 
     def shutdown(self):
         """Make serve_forever() return before long; does not wait for it."""
-        self.stopping = True
-        self.until = min(self.until, time.monotonic() + self.grace_time)
+        self.stopping, self.until = True, time.monotonic() + self.grace_time
 
     def serve_for(self, seconds):
         """Serve for so long; then end who is overdue or, if stopping already, idle."""
@@ -690,7 +689,7 @@ class Server(ThreadingHTTPServer):
         end = looked + seconds
         while looked < end and self.selector.get_map():
             ready = self.selector.select(0 if looked < awake else seconds)
-            looked = time.monotonic()
+            before, looked = looked, time.monotonic()
             for key, _ in ready:
                 if time.monotonic() > self.until:
                     return
@@ -700,9 +699,10 @@ class Server(ThreadingHTTPServer):
                     self.welcome()
             if ready:
                 awake = time.monotonic() + self.awake_time
-        for handler in list(self.handlers):  # all who were ready have had their turn
+        for handler in list(self.handlers):
             idle = handler.awaited == EVENT_READ and not handler.inbox
-            if handler.deadline < looked or (stopping and idle):
+            # Late at the look before the last: a pause of our own makes nobody overdue.
+            if handler.deadline < before or (stopping and idle):
                 self.end(handler)
 
     def welcome(self, most=32):
@@ -840,6 +840,7 @@ def main():
 
     def stop(_signal, _frame):
         server.shutdown()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
 
     signal.signal(signal.SIGINT, stop)
