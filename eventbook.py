@@ -567,7 +567,6 @@ class Handler(BaseHTTPRequestHandler):
 
     inbox, close_connection = b"", False
     awaited = EVENT_READ
-    surplus = False  # True: it is told so if there is still no room when it asks
 
     def __init__(self, request, client_address, server):
         """Only begin; the base would serve the connection here, from begin to end."""
@@ -672,7 +671,7 @@ class Server(ThreadingHTTPServer):
         """Serve until shutdown(), then for grace_time those whose request has begun."""
         while not self.stopping:
             self.serve_for(poll_interval)
-        self.welcome(self.request_queue_size + 1)  # Linux takes one more
+        self.welcome(self.request_queue_size)
         self.selector.unregister(self)
         self.socket.close()
         while self.handlers and time.monotonic() < self.until:
@@ -721,7 +720,7 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Take a connection into the loop; the base would start a thread for it."""
         handler = Handler(request, client_address, self)
-        handler.surplus = not self.find_room()
+        handler.surplus = not self.find_room()  # if still so when it asks: 503
         self.handlers.add(handler)
         self.selector.register(request, EVENT_READ, handler)
         self.advance(handler)
