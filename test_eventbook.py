@@ -2067,16 +2067,30 @@ def test_a_console_that_takes_nothing_does_not_hold_up_the_end():
     notifier.join(5)
 
 
-NO_WAIT = (
-    "import os, sys; os.set_blocking(1, False); os.execv(sys.argv[1], sys.argv[1:])"
-)
+NEVER_WAITS = """
+import eventbook, os, sys, time
+os.set_blocking(1, False)
+begun, work = time.monotonic(), time.process_time()
+eventbook.console()("x" * 200_000)
+print(time.monotonic() - begun, time.process_time() - work, file=sys.stderr)
+"""
 
 
 @posix
-@each("shell", [(), (sys.executable, "-c", NO_WAIT)], ids=["waits", "never waits"])
-def test_what_is_queued_in_the_end_is_printed(launch, shell):
+def test_a_console_that_never_waits_is_waited_for(launch):
+    """The pipe holds a third; who reads it comes later. Little is done meanwhile."""
+    process = launch(NEVER_WAITS, program="-c", PYTHONPATH=HERE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.4)
+    status, printed, told = outcome(process)
+    seconds, work = map(float, told.split())
+    assert (status, len(printed)) == (0, 200_000)
+    assert (seconds < 1, work < 0.1) == (True, True)
+
+
+@posix
+def test_what_is_queued_in_the_end_is_printed(program):
     """4,000 lines, of which the pipe holds a third, over Ctrl-Z, fg and Ctrl-C."""
-    program = site_of(launch("-p", "0", "--log", "log", shell=shell))
     program.call("POST", "/api/events", 1, {**EVENT, "availableTickets": 5000})
     assert statuses(program.talk(BOOK * 4000)) == [201] * 4000
     for name in "SIGSTOP", "SIGCONT", "SIGINT":
