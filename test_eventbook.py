@@ -1610,15 +1610,17 @@ def test_out_of_descriptors_it_neither_spins_nor_sleeps_long():
 
 
 def test_who_stood_in_the_queue_when_it_was_stopped_is_answered():
-    with held_up() as (site, hold, go_on), site.connect() as busy:
+    with held_up() as (site, hold, go_on), contextlib.ExitStack() as stack:
+        busy = stack.enter_context(site.connect())
         hold(busy)
-        with site.connect() as late:
-            late.sendall(GET)
-            site.server.shutdown()
-            over = time.monotonic() + 0.02
-            eventually(lambda: time.monotonic() > over)  # and so is its poll
-            go_on.set()
-            assert (answer(busy).status, answer(late).status) == (200, 200)
+        late = [stack.enter_context(site.connect()) for _ in range(99)]
+        for client in late:
+            client.sendall(GET)
+        site.server.shutdown()
+        over = time.monotonic() + 0.02
+        eventually(lambda: time.monotonic() > over)  # and so is its poll
+        go_on.set()
+        assert [answer(client).status for client in (busy, *late)] == [200] * 100
 
 
 def test_whoever_had_asked_when_it_was_stopped_is_answered():
