@@ -167,6 +167,12 @@ def eventually(condition):
         time.sleep(0.005)
 
 
+def let_pass(seconds):
+    """For what must not happen meanwhile, or must be late by then."""
+    end = time.monotonic() + seconds
+    eventually(lambda: time.monotonic() > end)
+
+
 def together(number, work):
     """The results of work(0), work(1), ... in so many threads at the same moment."""
     barrier = threading.Barrier(number)
@@ -201,6 +207,21 @@ def whole_server(log, server_class=eventbook.Server):
     with serving(store, server_class, log=log, notifier=notifier, lines=lines) as site:
         yield site
     notifier.close(5)
+
+
+def on_sale(tickets):
+    """(Store, Request): a store with one event, and what customer 2 books it with."""
+    content = json.dumps({**EVENT, "availableTickets": tickets}).encode()
+    store, ask = eventbook.Store(), eventbook.Request("", "", {}, content, id=1, user=2)
+    store.create(ask)
+    return store, ask
+
+
+def slow_store(seconds):
+    """A Store in which an update takes so long."""
+    store, pause = eventbook.Store(), threading.Event()
+    store.on("event.updated", lambda *_: pause.wait(seconds))
+    return store
 
 
 @contextlib.contextmanager
@@ -638,9 +659,7 @@ def test_a_key_is_1_to_255_visible_characters(common, key):
 
 def test_the_newest_ten_thousand_keys_are_remembered():
     """The store is asked, which is sooner done than 10,000 requests are read."""
-    content = json.dumps({**EVENT, "availableTickets": 20_000}).encode()
-    ask, store = eventbook.Request("", "", {}, content, id=1, user=2), eventbook.Store()
-    store.create(ask)
+    store, ask = on_sale(20_000)
     keys = [{"idempotency-key": str(key)} for key in [*range(10_001), 1, 0]]
     ids = [store.book(ask._replace(fields=fields)).id for fields in keys]
     assert ids == [*range(1, 10_002), 2, 10_002]
@@ -894,10 +913,7 @@ def test_64_threads_get_exactly_the_200_tickets_there_are(server, call, event):
 
 def test_the_store_itself_sells_no_ticket_twice():
     """Its lock, without the server in front of it: eight threads at once."""
-    content = json.dumps({**EVENT, "availableTickets": 2000}).encode()
-    ask = eventbook.Request("", "", {}, content, id=1, user=2)
-    sold, store = [], eventbook.Store()
-    store.create(ask)
+    sold, (store, ask) = [], on_sale(2000)
 
     def book(_):
         with contextlib.suppress(eventbook.Refusal):
@@ -1363,8 +1379,7 @@ def test_a_request_that_came_while_the_server_was_held_up_is_not_overdue():
         with site.connect() as busy:
             hold(busy)
             other.sendall(request("GET", "/", "X: " + "x" * 9999, body=b" " * 65536))
-            over = time.monotonic() + Hasty.request_time
-            eventually(lambda: time.monotonic() > over)
+            let_pass(Hasty.request_time)
             go_on.set()
             assert answer(other).status == 200
 
@@ -1507,8 +1522,8 @@ def test_who_sends_many_requests_at_once_waits_for_the_others():
 
 def test_who_asks_for_what_takes_long_has_one_turn_too():
     """Three have sent ten requests of 10 ms each; a fourth asks for the root."""
-    store, pause, turns = eventbook.Store(), threading.Event(), []
-    store.on("event.updated", lambda *_: turns.append(pause.wait(0.01)))
+    store, turns = slow_store(0.01), []
+    store.on("event.updated", lambda *_: turns.append(1))
     with serving(store) as site, contextlib.ExitStack() as stack:
         site.call("POST", "/api/events", 1, EVENT)
         *many, other = [stack.enter_context(site.connect()) for _ in "1234"]
@@ -1617,18 +1632,15 @@ def test_who_stood_in_the_queue_when_it_was_stopped_is_answered():
         for client in late:
             client.sendall(GET)
         site.server.shutdown()
-        over = time.monotonic() + 0.02
-        eventually(lambda: time.monotonic() > over)  # and so is its poll
+        let_pass(0.02)  # and its poll with it
         go_on.set()
         assert [answer(client).status for client in (busy, *late)] == [200] * 100
 
 
 def test_whoever_had_asked_when_it_was_stopped_is_answered():
     """However long each takes; also one who had begun to, and all of one's requests."""
-    store, pause = eventbook.Store(), threading.Event()
-    store.on("event.updated", lambda *_: pause.wait(0.06))
     put = request("PUT", "/api/events/1", user=1)
-    with serving(store) as site, contextlib.ExitStack() as stack:
+    with serving(slow_store(0.06)) as site, contextlib.ExitStack() as stack:
         site.call("POST", "/api/events", 1, EVENT)
         first, *clients, half = [stack.enter_context(site.connect()) for _ in "1234"]
         for client in first, *clients:
@@ -1648,10 +1660,8 @@ class Short(eventbook.Server):
 
 def test_many_that_take_long_do_not_hold_up_the_end_together():
     """Forty have asked for what takes 50 ms each; the server stops in the middle."""
-    store, pause = eventbook.Store(), threading.Event()
-    store.on("event.updated", lambda *_: pause.wait(0.05))
     with contextlib.ExitStack() as stack:
-        with serving(store, Short) as site:
+        with serving(slow_store(0.05), Short) as site:
             site.call("POST", "/api/events", 1, EVENT)
             clients = [stack.enter_context(site.connect()) for _ in range(40)]
             for client in clients:
@@ -1666,8 +1676,8 @@ def test_the_server_stays_awake_for_the_next_request_but_not_for_long():
     with serving(eventbook.Store(), poll=0.4) as site, site.connect() as client:
         client.sendall(GET)
         assert answer(client).status == 200
-        begun, over = time.process_time(), time.monotonic() + 0.3
-        eventually(lambda: time.monotonic() > over)
+        begun = time.process_time()
+        let_pass(0.3)
         assert time.process_time() - begun < 0.1
 
 
