@@ -9,21 +9,23 @@ Organizers create and update events, customers list them, book tickets and cance
     booking    Booking(1, 1, 2): booking 1 is one ticket of event 1 for customer 2
     operation  Store.book(store, request): what a route does
     refusal    Refusal(404, "Event not found"): what "refuses (404)" says may be raised
-    inbox      b"GET / HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n": what has arrived of requests
+    deadline   time.monotonic() + 16: when the server hangs up on a client that is slow
 
 1. State changes only inside Store, under its lock, and only if no observer objects: a
    booking's line is in the log before the booking exists.
-2. Above the routes nothing knows a socket; between them and the command line nothing
-   knows a booking. They make a Request of a Head, and an Answer of a record.
-3. One thread, in Server, serves all clients; what waits for a client is a generator, in
-   Handler. Only the printing of notifications has a thread of its own.
+2. Above the routes nothing knows a socket, below them nothing a booking. A Request goes
+   in; a record, an Answer or a Refusal comes out.
+3. A thread serves each connection, and nobody else reads, writes or closes it. To end
+   it from outside is to hang up: its thread wakes up, and finds the end.
 """
 
+import _thread
 import argparse
 import contextlib
 import email.utils
 import functools
 import json
+import math
 import os
 import queue
 import re
@@ -33,11 +35,12 @@ import socketserver
 import sys
 import threading
 import time
+import types
 import urllib.parse
 from collections import OrderedDict, defaultdict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 
 VERSION = "1.0.0"
 DEFAULT_LOG = os.path.abspath(os.path.join(__file__, "../logs/events.log.jsonl"))
@@ -50,7 +53,8 @@ USERS = {"1": ORGANIZER, "2": CUSTOMER, "3": CUSTOMER}  # user-id -> role
 
 Event = namedtuple("Event", "id title date availableTickets etag")
 Booking = namedtuple("Booking", "id eventId customerId")
-Answer = namedtuple("Answer", "status content fields", defaults=({},))
+# data: what the JSON shows, or that JSON as bytes; fields: those of this answer alone
+Answer = namedtuple("Answer", "status data fields", defaults=({},))
 
 
 class Refusal(Exception):
@@ -60,8 +64,15 @@ class Refusal(Exception):
         self.answer = Answer(status, {"error": error, **more}, fields or {})
 
 
+def require(condition, status, error, fields=None, **more):
+    """Refuse unless a condition holds."""
+    if not condition:
+        raise Refusal(status, error, fields, **more)
+
+
 TIME = r"([01]\d|2[0-3]):[0-5]\d"
-DATE = re.compile(rf"\d{{4}}-\d\d-\d\d(T{TIME}(:[0-5]\d)?(Z|[+-]{TIME})?)?", re.ASCII)
+SECONDS = r":[0-5]\d(\.\d{1,9})?"
+DATE = re.compile(rf"\d{{4}}-\d\d-\d\d(T{TIME}({SECONDS})?(Z|[+-]{TIME})?)?", re.ASCII)
 
 
 def is_title(value):
@@ -87,10 +98,7 @@ CREATE = {
     "availableTickets": integer(1, 10**9),
 }
 UPDATE = {**CREATE, "availableTickets": integer(0, 10**9)}  # 0: none for sale
-PAGE = {
-    "limit": integer(1, 1000),
-    "offset": (lambda value: type(value) is int, "an integer from 0 up"),
-}
+PAGE = {"limit": integer(1, 1000), "offset": integer(0, math.inf)}
 FLAG = (lambda value: value in ("true", "false"), "true or false")
 EVENT_PAGE = {**PAGE, "available": FLAG}
 IS_KEY = re.compile("[!-~]{1,255}").fullmatch
@@ -105,40 +113,45 @@ def check(values, rules):
         passes, words = rules.get(name, UNKNOWN)
         if not passes(value):
             wrong[name] = words
-    if wrong:
-        raise Refusal(400, "Validation failed", details=wrong)
+    require(not wrong, 400, "Validation failed", details=wrong)
 
 
 # ---- Requests and answers ----------------------------------------------------
 # What an operation is given, and how what it returns is shown.
 
 
-class Request(namedtuple("Request", "path query fields content id user")):
-    """What an operation is given; id is the one in the path, user the user's number."""
+class Request(namedtuple("Request", "query fields content id user")):
+    """The id is the one in the path; the names of fields are in lower case."""
 
     def json(self):
         """The content as a dict, empty if there is none; refuses (400)."""
         try:
-            value = json.loads(self.content.decode() or "{}")
+            text = self.content.decode().lstrip("\ufeff")  # the mark: RFC 8259, 8.1
+            value = json.loads(text or "{}")
             encode(value)  # refuses NaN, 1e400 and lone surrogates at any depth
         except (ValueError, RecursionError) as error:
-            raise Refusal(400, f"Invalid JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise Refusal(400, "Invalid JSON: an object is wanted")
+            others = "not in UTF-8, nested too deep, or a number out of range"
+            problem = error if isinstance(error, json.JSONDecodeError) else others
+            raise Refusal(400, f"Invalid JSON: {problem}") from None
+        require(isinstance(value, dict), 400, "Invalid JSON: an object is wanted")
         return value
+
+    def check_preconditions(self, etag, status):
+        """Refuse (412, or status for If-None-Match) as RFC 9110, section 13.2, says."""
+        match = self.fields.get("if-match", "*")
+        tags = re.findall('(?:W/)?"[^"]*"', match)  # a weak one is like no other
+        require(match == "*" or etag in tags, 412, "Event has changed", {"ETag": etag})
+        none_match = self.fields.get("if-none-match", "")
+        if none_match == "*" or etag in re.findall('"[^"]*"', none_match):
+            raise Refusal(status, "Event has not changed", {"ETag": etag})
 
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def encode(content):
+def encode(data):
     """A line of JSON in UTF-8; raises ValueError or RecursionError if there is none."""
-    return ENCODER.encode(content).encode() + b"\n"
-
-
-def elements(field):
-    """The elements of a field that is a list: RFC 9110, section 5.6.1."""
-    return re.split("[ \t]*,[ \t]*", field)
+    return ENCODER.encode(data).encode() + b"\n"
 
 
 def visible(record):
@@ -146,18 +159,23 @@ def visible(record):
     return {name: value for name, value in record._asdict().items() if name != "etag"}
 
 
+@functools.lru_cache(maxsize=10_000)  # a list changes by a record or two at a time
+def encoded(record):
+    return ENCODER.encode(visible(record))
+
+
 NUMBER = re.compile("[0-9]{1,4000}")  # int() takes no more than 4,300 digits
 
 
 def page(query, rules, records):
-    """The Answer with the part of a list that a query wants, encoded; refuses (400)."""
+    """The Answer with the part of a list that a query wants; refuses (400)."""
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
     wanted = {k: int(v) if NUMBER.fullmatch(v) else v for k, v in pairs if k in rules}
     check(wanted, rules)
     if wanted.get("available") == "true":
         records = [event for event in records if event.availableTickets]
     part = records[wanted.get("offset", 0) :][: wanted.get("limit")]
-    content = encode([visible(record) for record in part])
+    content = f"[{','.join(map(encoded, part))}]\n".encode()
     return Answer(200, content, {"X-Total-Count": len(records)})
 
 
@@ -181,38 +199,36 @@ class Observable:
             observer(name, data)
 
 
-LINE = '{"event":"%s","timestamp":"%s","data":{"id":%d,"eventId":%d,"customerId":%d}}\n'
-
-
 class Log:
     """A JSON Lines file: an appended line survives kill -9, though no power cut."""
 
     def __init__(self, path):
-        """Open or create it, and end the half line of a crash; raises OSError."""
-        self.file = open(path, "a+b", buffering=0)
-        if os.path.getsize(path):
-            self.file.seek(-1, os.SEEK_END)
-            if self.file.read() != b"\n":
-                self.file.write(b"\n")
+        """Create the file if there is none; raises OSError."""
+        self.path, self.size = path, 0  # the size: as the last line has left it
+        open(path, "ab").close()
 
     def __call__(self, name, booking):
         """Append a line, or take back what was written of it and refuse (503)."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = (LINE % (name, now.replace("+00:00", "Z"), *booking)).encode()
-        with contextlib.suppress(OSError):
-            written = self.file.write(line)
-            if written == len(line):
+        entry = {"event": name, "timestamp": now[:-6] + "Z", "data": booking._asdict()}
+        line = encode(entry)
+        # Opened each time, it is the file at the path, whoever moved or cut the last.
+        with contextlib.suppress(OSError), open(self.path, "a+b", buffering=0) as file:
+            size = file.tell()
+            if size not in (0, self.size):  # somebody else wrote: half a line?
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            if file.write(line) == len(line):
+                self.size = size + len(line)
                 return
-            self.file.truncate(self.file.tell() - written)
-        error = "The log cannot be written; nothing was changed, try again later"
-        raise Refusal(503, error, {"Retry-After": "5"})
+            file.truncate(size)
+        raise Refusal(503, "The log cannot be written", {"Retry-After": "5"})
 
 
 class Notifier(threading.Thread):
-    """Prints lines from its own thread, in order; survives a console that fails."""
+    """Prints lines from its own thread, in order; outlives a write(text) that fails."""
 
     def __init__(self, write):
-        """write(text) prints; it may raise OSError or ValueError."""
         super().__init__(daemon=True)
         self.write, self.lines = write, queue.SimpleQueue()
 
@@ -243,12 +259,11 @@ class Notifier(threading.Thread):
 
 
 # ---- Store -------------------------------------------------------------------
-# Everything there is, in dicts, and the operations: a Request in, a record or an Answer
-# out. Their docstrings are what GET / tells of them.
+# All there is, and the operations on it, whose docstrings GET / tells.
 
 
 class Store(Observable):
-    """Events and bookings, in memory, for any number of threads (the server is one)."""
+    """Events and bookings, in memory, for any number of threads."""
 
     def __init__(self):
         super().__init__()
@@ -258,7 +273,9 @@ class Store(Observable):
         self.nonce = os.urandom(6).hex()  # of this run; no ETag of another is alike
         self.changes = self.last_booking = 0
         self.events = {}  # event id -> Event
-        self.bookings = {}  # booking id -> Booking while it lives, in order of id
+        # The live bookings, each in both dicts and in order of id:
+        self.sold = defaultdict(dict)  # event id -> {booking id -> customer id}
+        self.held = defaultdict(dict)  # customer id -> {booking id -> event id}
         self.by_key = OrderedDict()  # (customer id, key) -> Booking, cancelled or not
         self.listed = {}  # the last query for events -> its Answer, until a change
 
@@ -274,14 +291,12 @@ class Store(Observable):
         """Change an event; the customers with a live booking are told."""
         values = request.json()
         with self.lock:
-            event = self.event(request)
-            tags = elements(request.fields.get("if-match", "*"))
-            if tags != ["*"] and event.etag not in tags:  # RFC 9110, 13.1.1
-                raise Refusal(412, "Event has changed", {"ETag": event.etag})
-            check(values, {**UPDATE, "id": integer(event.id, event.id)})
-            sold = self._live("eventId", event.id)
-            # Also of an update that changes nothing, as assigned in test case 6.
-            self.emit("event.updated", dict.fromkeys(each.customerId for each in sold))
+            event = self._event(request)
+            request.check_preconditions(event.etag, status=412)
+            is_same, _ = integer(event.id, event.id)
+            check(values, {**UPDATE, "id": (is_same, "the id in the path")})
+            # Told even of an update that changes nothing: that is how it was assigned.
+            self.emit("event.updated", dict.fromkeys(self.sold[event.id].values()))
             same = event._replace(**values) == event
             return event if same else self._put(event, **values)
 
@@ -289,21 +304,20 @@ class Store(Observable):
         """Book one ticket; with an Idempotency-Key it is safe to ask again."""
         key = request.fields.get("idempotency-key")
         with self.lock:
-            event = self.event(request)
+            event = self._event(request)
             if key is not None:
                 check({"Idempotency-Key": key}, KEY)
-            first = self.by_key.get((request.user, key))
-            if first:
-                if first.eventId != event.id:
-                    raise Refusal(422, "Idempotency-Key was used for another event")
-                return first
-            if not event.availableTickets:
-                raise Refusal(400, "Booking failed: sold out")
+                first = self.by_key.get((request.user, key))
+                if first:
+                    require(first.eventId == event.id, 422, "Key of another event")
+                    return first
+            require(event.availableTickets, 400, "Booking failed: sold out")
             booking = Booking(self.last_booking + 1, event.id, request.user)
             self.emit("booking.created", booking)
             self.last_booking = booking.id
-            self.bookings[booking.id] = booking
-            if key:
+            self.sold[event.id][booking.id] = request.user
+            self.held[request.user][booking.id] = event.id
+            if key is not None:
                 self.by_key[request.user, key] = booking
             if len(self.by_key) > 10_000:
                 self.by_key.popitem(last=False)
@@ -315,7 +329,8 @@ class Store(Observable):
         with self.lock:
             booking = self.booking(request)
             self.emit("booking.cancelled", booking)
-            del self.bookings[booking.id]
+            del self.sold[booking.eventId][booking.id]
+            del self.held[booking.customerId][booking.id]
             event = self.events[booking.eventId]
             self._put(event, availableTickets=event.availableTickets + 1)
             return booking
@@ -323,41 +338,46 @@ class Store(Observable):
     def event(self, request):
         """Read an event."""
         with self.lock:
-            if request.id not in self.events:
-                raise Refusal(404, "Event not found")
-            return self.events[request.id]
+            event = self._event(request)
+        request.check_preconditions(event.etag, status=304)
+        return event
 
     def booking(self, request):
         """Read a booking of one's own."""
         with self.lock:
-            if request.id not in self.bookings:
-                raise Refusal(404, "Booking not found")
-            if self.bookings[request.id].customerId != request.user:
-                raise Refusal(403, "Access denied")
-            return self.bookings[request.id]
+            owners = [user for user, held in self.held.items() if request.id in held]
+            require(owners, 404, "Booking not found")
+            require(owners == [request.user], 403, "Access denied")
+            event_id = self.held[request.user][request.id]
+            return Booking(request.id, event_id, request.user)
 
     def list_events(self, request):
         """List the events; ?available=true leaves out those sold out."""
         with self.lock:
             if request.query not in self.listed:
-                answer = page(request.query, EVENT_PAGE, list(self.events.values()))
-                self.listed = {request.query: answer}
+                events = list(self.events.values())
+                self.listed = {request.query: page(request.query, EVENT_PAGE, events)}
             return self.listed[request.query]
 
     def list_bookings(self, request):
         """List an event's live bookings."""
         with self.lock:
-            event = self.event(request)
-            return page(request.query, PAGE, self._live("eventId", event.id))
+            sold = self.sold[self._event(request).id].items()
+            bookings = [Booking(id, request.id, customer) for id, customer in sold]
+        return page(request.query, PAGE, bookings)
 
     def list_own(self, request):
         """List one's own live bookings."""
         with self.lock:
-            return page(request.query, PAGE, self._live("customerId", request.user))
+            held = self.held[request.user].items()
+            bookings = [Booking(id, event_id, request.user) for id, event_id in held]
+        return page(request.query, PAGE, bookings)
 
-    def _live(self, field, id):
-        every = self.bookings.values()
-        return [booking for booking in every if getattr(booking, field) == id]
+    # What follows is called with the lock held.
+
+    def _event(self, request):
+        require(request.id in self.events, 404, "Event not found")
+        return self.events[request.id]
 
     def _put(self, event, **values):
         self.changes += 1
@@ -369,24 +389,15 @@ class Store(Observable):
 
 # ---- Routes ------------------------------------------------------------------
 # Which role may do what: said in one table, and checked before any operation runs.
-# Whose a booking is, only the store knows.
 
 
 def describe(_store, _request):
     """Say what this is and what it can do."""
-    routes = [
-        {"method": method, "path": path, "roles": roles, "does": operation.__doc__}
-        for method, path, roles, operation, _ in ROUTES
-    ]
+    routes = [route._replace(does=route.does.__doc__)._asdict() for route in ROUTES]
     return Answer(200, {"service": "eventbook", "version": VERSION, "routes": routes})
 
 
-def allow(_store, request):
-    """Say which methods a path has."""
-    return Answer(204, None, {"Allow": ", ".join(routes_at(request.path))})
-
-
-Route = namedtuple("Route", "method path roles operation message")
+Route = namedtuple("Route", "method path roles does message")
 ROUTES = [
     Route("POST", "/api/events", [ORGANIZER], Store.create, None),
     Route("PUT", "/api/events/:id", [ORGANIZER], Store.update, "Event updated"),
@@ -399,367 +410,249 @@ ROUTES = [
     Route("GET", "/api/bookings/:id", [CUSTOMER], Store.booking, None),
     Route("GET", "/", [], describe, None),
 ]
-METHODS = "GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split()
 
 
 def routes_at(path):
-    """{method: Route} for a path, or for all of them at "*"; refuses (404)."""
+    """{method: Route} for a path; refuses (404)."""
     routes = {}
     for route in ROUTES:
         pattern = route.path.rstrip("/").replace(":id", NUMBER.pattern) + "/?"
-        if path == "*" or re.fullmatch(pattern, path):
+        if re.fullmatch(pattern, path):
             routes[route.method] = route
-    if not routes:
-        raise Refusal(404, "Not found")
+    require(routes, 404, "Not found")
     if "GET" in routes:
         routes["HEAD"] = routes["GET"]
-    return {**routes, "OPTIONS": Route("OPTIONS", path, [], allow, None)}
+    return routes
 
 
 @functools.lru_cache  # a client repeats its requests
 def admit(method, path, user):
-    """(Route, id in the path, user's number); refuses (404, 501, 405, 401, 403)."""
+    """(Route, id in the path, user's number); refuses (404, 405, 401, 403)."""
     routes, ids = routes_at(path), NUMBER.findall(path)
-    if method not in METHODS:
-        raise Refusal(501, "Method not implemented")
-    if method not in routes:
-        raise Refusal(405, "Method not allowed", {"Allow": ", ".join(routes)})
+    require(method in routes, 405, "Method not allowed", {"Allow": ", ".join(routes)})
     route = routes[method]
-    if route.roles and user not in USERS:
-        raise Refusal(401, "Unauthorized", {"WWW-Authenticate": "user-id"})
-    if route.roles and USERS[user] not in route.roles:
-        raise Refusal(403, "Access denied")
+    if route.roles:
+        require(user in USERS, 401, "Unauthorized", {"WWW-Authenticate": "user-id"})
+        require(USERS[user] in route.roles, 403, "Access denied")
     return route, (int(ids[0]) if ids else None), (int(user) if route.roles else None)
 
 
-def perform(store, head, content):
-    """The Answer to a request; refuses."""
-    route, id, user = admit(head.method, head.path, head.fields.get("user-id"))
-    request = Request(head.path, head.query, head.fields, content, id, user)
-    result = route.operation(store, request)
+def perform(store, route, request):
+    """The Answer to a request that was admitted; refuses."""
+    result = route.does(store, request)
     if isinstance(result, Answer):
         return result
-    kind, content, fields = type(result).__name__.lower(), visible(result), {}
+    kind, data = type(result).__name__.lower(), visible(result)
+    fields = {"ETag": result.etag} if kind == "event" else {}
     if route.method == "POST":
         fields["Location"] = f"/api/{kind}s/{result.id}"
-    if kind == "event":
-        fields["ETag"] = result.etag
     if route.message:
-        content = {"message": route.message, kind: content}
-    return Answer(201 if route.method == "POST" else 200, content, fields)
+        data = {"message": route.message, kind: data}
+    return Answer(201 if route.method == "POST" else 200, data, fields)
 
 
-# ---- Reading a request -------------------------------------------------------
-# The library's own reader, which hands the header to an e-mail parser, forgives folded
-# lines, bare line feeds, two lengths, a missing Host. Such are the ways to make two
-# servers differ on where a request ends, or for whom it is (request smuggling). So
-# none of them pass here, only an empty line in front is skipped: the whole head must
-# match one pattern before anything is done for it. RFC 9112, sections 2 to 7.
+# ---- The head of a request ---------------------------------------------------
+# The library's own reader hands the header to an e-mail parser, which forgives folded
+# lines, bare line feeds, two lengths, no Host: ways to make two servers differ on where
+# a request ends, or for whom it is (request smuggling). Here the request line must fit
+# one pattern, and the rest of the head another. RFC 9112, sections 2 to 7.
 
 LINE_LIMIT = 8 * 1024  # octets of the request line; nginx's default
 HEADER_LIMIT = 16 * 1024  # octets of all field lines; Node.js's default
-FIELDS_LIMIT = 100  # field lines; Apache's default
 CONTENT_LIMIT = 64 * 1024  # octets; an event, all of it escaped, has less than 3,000
 
-# fields: name in lower case -> value; length: of the content, in octets
-Head = namedtuple("Head", "method path query fields length persistent expects")
-
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = f'({TOKEN}) ([!"$-~]+) HTTP/([1-9][.][0-9])\r\n'
-FIELD_LINE = f"{TOKEN}:[\t -~\x80-\xff]*\r\n"
-WHOLE_HEAD = re.compile(f"{REQUEST_LINE}((?:{FIELD_LINE})*)")
-PART_OF_HEAD = re.compile(f"({REQUEST_LINE}({FIELD_LINE})*)?[\t -~\x80-\xff]*\r?")
+REQUEST_LINE = re.compile(f'({TOKEN}) ([!"$-~]+) HTTP/([1-9][.][0-9])\r\n')
+HEADER = re.compile(f"({TOKEN}:[\t -~\x80-\xff]*\r\n)*\r\n")
 NAME = "([0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"
 AUTHORITY = rf"({NAME}|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\])(:[0-9]{{0,5}})?"
 ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
 
 
-def read_head(inbox):
-    """(Head, begin of content), or twice None if more must arrive; refuses (400, 411,
-    413, 414, 431, 505), a malformed line or too much without waiting for the rest."""
-    begin = 2 if inbox.startswith(b"\r\n") else 0  # RFC 9112, section 2.2
-    end = inbox.find(b"\r\n\r\n", begin)
-    if end == -1:
-        if not PART_OF_HEAD.fullmatch(checked_for_size(inbox[begin:])):
-            raise Refusal(400, "Malformed request")
-        return None, None
-    return parse_head(inbox[begin : end + 2]), end + 4
+@functools.lru_cache  # a client repeats its request lines, and its headers
+def parse_request_line(octets):
+    """(method, path, query, version); refuses (400, 414, 505)."""
+    require(len(octets) <= LINE_LIMIT + 2, 414, "Request line too long")  # 2: its end
+    match = REQUEST_LINE.fullmatch(octets.decode("latin-1"))
+    require(match, 400, "Malformed request line")
+    method, target, version = match.groups()
+    require(version in ("1.0", "1.1"), 505, "HTTP/1.0 and HTTP/1.1 are spoken here")
+    path, _, query = ABSOLUTE_FORM.sub("/", target).partition("?")
+    is_target = path.startswith("/") or (method, target) == ("OPTIONS", "*")
+    require(is_target, 400, "Invalid request target")
+    return method, path, query, version
 
 
-def checked_for_size(head):
-    """The text of a head, or of what has arrived of one; refuses (414, 431)."""
-    text = head.decode("latin-1")
-    line, _, header = text.rstrip("\r").partition("\r\n")  # "\r": half a line end
-    if len(line) > LINE_LIMIT:
-        raise Refusal(414, "Request line too long")
-    if len(header) > HEADER_LIMIT or header.count("\r\n") > FIELDS_LIMIT:
-        raise Refusal(431, "Header too large")
-    return text
-
-
-@functools.lru_cache  # a kept-alive client repeats its heads
-def parse_head(head):
-    """The Head that a whole head makes; refuses."""
-    match = WHOLE_HEAD.fullmatch(checked_for_size(head))
-    if not match:
-        raise Refusal(400, "Malformed request line or field line")
-    method, target, version, lines = match.groups()
-    if version not in ("1.0", "1.1"):
-        raise Refusal(505, "HTTP/1.0 and HTTP/1.1 are spoken here")
-    fields = {}  # repeated ones joined by ", ", which no Host, length, user or key has
-    for line in lines.split("\r\n")[:-1]:
+@functools.lru_cache
+def parse_header(octets, version):
+    """(fields, length, persistent, expects 100); refuses (400, 411, 413, 431)."""
+    text, fields = octets.decode("latin-1"), {}
+    require(len(octets) <= HEADER_LIMIT + 2, 431, "Header too large")
+    require(HEADER.fullmatch(text), 400, "Malformed field line, or cut short")
+    for line in text.split("\r\n")[:-2]:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
+        # Repeated ones are joined by ", ", which no Host, length, user or key has.
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    return interpret(method, target, version, fields)
-
-
-def interpret(method, target, version, fields):
-    """The Head that a well-formed head means; refuses."""
-    host = fields.get("host", "")
-    if (host or version == "1.1") and not re.fullmatch(AUTHORITY, host):
-        raise Refusal(400, "Exactly one valid Host is needed")
-    length = fields.get("content-length", "0")
-    if not re.fullmatch("[0-9]+", length):
-        raise Refusal(400, "Invalid Content-Length")
-    if "transfer-encoding" in fields:
-        status = 400 if "content-length" in fields else 411
-        raise Refusal(status, "Content-Length is needed, and no Transfer-Encoding")
-    path, _, query = ABSOLUTE_FORM.sub("/", target).partition("?")
-    if not path.startswith("/") and (method, target) != ("OPTIONS", "*"):
-        raise Refusal(400, "Invalid request target")
+    host, length = fields.get("host", ""), fields.get("content-length", "0")
+    is_host = re.fullmatch(AUTHORITY, host) or (version == "1.0" and not host)
+    require(is_host, 400, "Exactly one valid Host is needed")
+    require(re.fullmatch("[0-9]+", length), 400, "Invalid Content-Length")
+    status = 400 if "content-length" in fields else 411
+    require("transfer-encoding" not in fields, status, "No Transfer-Encoding is taken")
     length = int(length.lstrip("0")[:9] or 0)  # int() takes 4,300 digits; 9 say enough
-    if length > CONTENT_LIMIT:
-        raise Refusal(413, "Content too large")
-    options = elements(fields.get("connection", "").lower())
+    require(length <= CONTENT_LIMIT, 413, "Content too large")
+    options = re.split("[ \t]*,[ \t]*", fields.get("connection", "").lower())
     persistent = version == "1.1" and "close" not in options
     expects = version == "1.1" and fields.get("expect", "").lower() == "100-continue"
-    return Head(method, path, query, fields, length, persistent, expects)
+    return types.MappingProxyType(fields), length, persistent, expects
 
 
 # ---- Connections -------------------------------------------------------------
-# A connection is a generator: straight-line code that yields where it has to wait. The
-# server's loop resumes it when its socket is ready, and ends it when its time is over
-# or its room is needed.
+# A thread each. It may wait for its client without a timer of its own, because the
+# server knows by when each must be done, and hangs up on those that are not.
 
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-STANDING = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
 JSON = "Content-Type: application/json; charset=utf-8\r\n"
+STANDING = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
 http_date = functools.lru_cache(email.utils.formatdate)
 
 
-def octets_of(answer, last, with_content):
-    """An Answer as it is sent; all are made here. Bytes count as encoded already."""
-    status, content, fields = answer
-    head = f"HTTP/1.1 {status} {Handler.responses[status][0]}\r\n{STANDING}"
-    head += f"Date: {http_date(int(time.time()), usegmt=True)}\r\n"
-    if content is not None:
-        content = content if isinstance(content, bytes) else encode(content)
-        head += f"{JSON}Content-Length: {len(content)}\r\n"
-    if last:
-        head += "Connection: close\r\n"
-    head += "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
-    return f"{head}\r\n".encode() + (content if with_content and content else b"")
+def hang_up(connection, how=socket.SHUT_RDWR):
+    """Wake the thread of a connection: it finds the end, or cannot send any more."""
+    with contextlib.suppress(OSError):  # it has ended by itself
+        connection.shutdown(how)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A connection. It has until its deadline to send a request or take an answer."""
+    """A connection, from its first request to its last answer."""
 
-    inbox, close_connection = b"", False
-    awaited = EVENT_READ
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or the second of two answers waits for 40 ms
 
-    def __init__(self, request, client_address, server):
-        """Only begin; the base would serve the connection here, from begin to end."""
-        self.request, self.client_address, self.server = request, client_address, server
-        self.steps = self.converse()
-
-    def converse(self):
-        """The connection, until an OSError ends it; yields the event it waits for."""
-        self.request.setblocking(False)
-        # Nagle's algorithm would hold back the second of two answers for 40 ms.
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.deadline = time.monotonic() + self.server.request_time
-        while not self.close_connection:
-            octets = self.respond() if self.inbox else b""
-            yield from self.send(octets)
-            if octets in (b"", CONTINUE):  # no answer yet
-                self.inbox += yield from self.receive()
-            else:
-                self.deadline = time.monotonic() + self.server.request_time
-                if self.inbox:
-                    yield EVENT_WRITE  # one answer each, then others have their turn
-        self.request.shutdown(socket.SHUT_WR)
-        self.deadline = time.monotonic() + self.server.linger_time
-        while True:  # input that nobody reads would make close() take the answer back
-            yield from self.receive()
-
-    def receive(self):
-        """What arrives next; raises OSError if nothing has come, or nothing will."""
-        yield EVENT_READ
-        octets = self.request.recv(64 * 1024)
-        if not octets:
-            raise ConnectionError  # the client has ended
-        return octets
-
-    def send(self, octets):
-        octets = memoryview(octets)
-        while octets:
-            try:
-                octets = octets[self.request.send(octets) :]
-            except BlockingIOError:
-                yield EVENT_WRITE
-
-    def respond(self):
-        """What to send next: an answer, 100 Continue, or nothing until more arrives."""
-        with_content = not self.inbox.startswith((b"HEAD ", b"\r\nHEAD "))
-        persistent = False  # until it is known where the next request begins
+    def handle_one_request(self):
+        """Read a request and answer it; all that is raised on the way is told here."""
+        self.close_connection, self.command = True, None  # until the request is read
         try:
-            if self.surplus and not self.server.find_room():
-                raise Refusal(503, "All connections are at work", {"Retry-After": "1"})
-            self.surplus = False
-            head, start = read_head(self.inbox)
-            if not head or len(self.inbox) < start + head.length:
-                return self.invite(head, start)
-            end = start + head.length
-            content, self.inbox = self.inbox[start:end], self.inbox[end:]
-            persistent = head.persistent
-            answer = perform(self.server.store, head, content)
+            super().handle_one_request()
         except Refusal as refusal:
-            answer = refusal.answer
+            self.send(refusal.answer)
+            if self.close_connection:  # close() would take it back if more has come
+                hang_up(self.connection, socket.SHUT_WR)
+                while self.connection.recv(64 * 1024):  # RFC 9112, section 9.6
+                    pass
         except Exception:
-            self.server.handle_error(self.request, self.client_address)
-            answer = Answer(500, {"error": "Internal server error"})
-        self.deadline = time.monotonic() + self.server.answer_time
-        done = self.server.stopping and not self.inbox
-        self.close_connection = done or not persistent
-        return octets_of(answer, self.close_connection, with_content)
+            self.close_connection = True
+            self.send(Answer(500, {"error": "Internal server error"}))
+            raise  # for handle_error()
 
-    def invite(self, head, start):
-        """100 Continue, once, if the client waits to be asked for content; refuses."""
-        if not head or not head.expects or len(self.inbox) > start:
-            return b""
-        admit(head.method, head.path, head.fields.get("user-id"))
-        return CONTINUE
+    def parse_request(self):
+        """Read the head, as strictly as said above; refuses."""
+        if self.raw_requestline == b"\r\n":  # RFC 9112, 2.2: one in front is skipped
+            self.raw_requestline = self.rfile.readline(LINE_LIMIT + 3)
+        line = parse_request_line(self.raw_requestline)
+        self.command, self.path, self.query, self.request_version = line
+        octets = line = self.rfile.readline(HEADER_LIMIT)
+        while line.strip(b"\r\n") and len(octets) <= HEADER_LIMIT + 2:
+            line = self.rfile.readline(HEADER_LIMIT)
+            octets += line
+        self.header = parse_header(octets, self.request_version)
+        return True
+
+    def do_GET(self):
+        """Read the content and answer, whatever the method: the routes decide."""
+        fields, length, persistent, expects = self.header
+        asked = self.command, self.path, fields.get("user-id")
+        if expects:
+            admit(*asked)  # who would be refused is not told to continue
+            self.handle_expect_100()
+        content = self.rfile.read(length)
+        require(len(content) == length, 400, "Content cut short")
+        self.close_connection = not persistent
+        self.server.deadlines[self.connection] = math.inf  # the client waits for us now
+        route, id, user = admit(*asked)
+        request = Request(self.query, fields, content, id, user)
+        self.send(perform(self.server.store, route, request))
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_GET
+    do_CONNECT = do_OPTIONS = do_TRACE = do_GET
+
+    def send_error(self, code, message=None, explain=None):
+        """What the base class refuses by itself: 414, and 501 before any content."""
+        raise Refusal(code, self.responses[code][0])
+
+    def send(self, answer):
+        """Write an answer in one piece; send_response() would also name the Python."""
+        status, data, fields = answer
+        content = data if isinstance(data, bytes) else encode(data)
+        head = f"HTTP/1.1 {status} {self.responses[status][0]}\r\n{STANDING}"
+        head += f"Date: {http_date(int(time.time()), usegmt=True)}\r\n"
+        head += f"{JSON}Content-Length: {len(content)}\r\n" if status != 304 else ""
+        # A second less than it is kept, or a client may send just when it ends.
+        kept = f"Keep-Alive: timeout={self.server.patience - 1:.0f}\r\n"
+        head += "Connection: close\r\n" if self.close_connection else kept
+        head += "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+        content = b"" if self.command == "HEAD" or status == 304 else content
+        self.server.deadlines[self.connection] = time.monotonic() + self.server.patience
+        self.wfile.write(f"{head}\r\n".encode() + content)
 
 
 class Server(ThreadingHTTPServer):
-    """One loop that serves whoever is ready. Threads, of which the base would start one
-    for each connection, spend half their time on handing on the interpreter's lock."""
+    """Accepts connections, and hangs up on those that keep it waiting."""
 
     allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
-    allow_reuse_port = False  # and so would they here
-    connection_limit = 512 if os.name == "posix" else 400  # select() there takes 512
-    request_queue_size = connection_limit
-    request_time = answer_time = 15.0  # seconds for all of it, however slowly it comes
-    linger_time = 2.0  # seconds for a client to read its last answer and close
-    grace_time = 2.0  # seconds for requests that have begun when the server stops
-    # To be woken up takes longer than to answer: so it stays awake for what comes next.
-    awake_time = 0.0002  # seconds
     server_bind = socketserver.TCPServer.server_bind  # HTTPServer's own asks the DNS
+    connection_limit = request_queue_size = 512  # as many as an nginx worker has
+    patience = 16.0  # seconds to take an answer and send the next request, whole
+    grace = 2.0  # seconds to take an answer when the server stops
 
     def __init__(self, address, store):
         """Listen; raises OSError, or TypeError for a host that is no name."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.store, self.deadlines = store, {}  # connection -> time to hang up on it
+        self.pool = ThreadPoolExecutor(self.connection_limit)
         super().__init__(address, Handler)
-        self.socket.setblocking(False)
-        self.store, self.handlers = store, set()
-        self.stopping, self.until = False, float("inf")  # nobody is served after that
-        self.selector = DefaultSelector()
-        self.selector.register(self, EVENT_READ)
-
-    def serve_forever(self, poll_interval=0.5):
-        """Serve until shutdown(), then for grace_time those whose request has begun."""
-        while not self.stopping:
-            self.serve_for(poll_interval)
-        self.welcome(self.request_queue_size)
-        self.selector.unregister(self)
-        self.socket.close()
-        while self.handlers and time.monotonic() < self.until:
-            self.serve_for(0.05)
-        self.selector.close()
-
-    def shutdown(self):
-        """Make serve_forever() return before long; does not wait for it."""
-        self.stopping, self.until = True, time.monotonic() + self.grace_time
-
-    def serve_for(self, seconds):
-        """Serve for so long; then end who is overdue or, if stopping already, idle."""
-        looked, stopping, awake = time.monotonic(), self.stopping, 0
-        end = looked + seconds
-        while looked < end and self.selector.get_map():
-            ready = self.selector.select(0 if looked < awake else seconds)
-            before, looked = looked, time.monotonic()
-            for key, _ in ready:
-                if time.monotonic() > self.until:
-                    return
-                if key.data:
-                    self.advance(key.data)
-                else:
-                    self.welcome()
-            if ready:
-                awake = time.monotonic() + self.awake_time
-        for handler in list(self.handlers):
-            idle = handler.awaited == EVENT_READ and not handler.inbox
-            # Late at the look before the last: a pause of our own makes nobody overdue.
-            if handler.deadline < before or (stopping and idle):
-                self.end(handler)
-
-    def welcome(self, most=32):
-        """Accept newcomers, but only so many before others are served again."""
-        for _ in range(most):
-            try:
-                request, address = self.get_request()
-            except (BlockingIOError, ConnectionError):  # nobody, or not any more
-                return
-            except OSError:  # out of descriptors, most likely
-                if not self.make_room(self.handlers):
-                    time.sleep(0.05)
-                return
-            self.process_request(request, address)
 
     def process_request(self, request, client_address):
-        """Take a connection into the loop; the base would start a thread for it."""
-        handler = Handler(request, client_address, self)
-        handler.surplus = not self.find_room()  # if still so when it asks: 503
-        self.handlers.add(handler)
-        self.selector.register(request, EVENT_READ, handler)
-        self.advance(handler)
+        """Give a connection a thread, and if need be the room of another."""
+        self.deadlines[request] = time.monotonic() + self.patience
+        while len(self.deadlines) > self.connection_limit:
+            deadlines = self.deadlines.copy()
+            longest_waiting = min(deadlines, key=deadlines.get)
+            self.deadlines.pop(longest_waiting, None)
+            hang_up(longest_waiting)
+        # To start a thread, as the base does here, takes longer than most answers.
+        self.pool.submit(self.process_request_thread, request, client_address)
 
-    def find_room(self):
-        """Whether one more can be served, if need be in the place of another."""
-        regular = [each for each in self.handlers if not each.surplus]
-        return len(regular) < self.connection_limit or self.make_room(regular)
+    def service_actions(self):
+        now = time.monotonic()
+        for connection, deadline in self.deadlines.copy().items():
+            if deadline < now:
+                hang_up(connection)
 
-    def make_room(self, handlers):
-        """End who waits and is due first; False if all of these are at work."""
-        asking = {key.data for key, _ in self.selector.select(0)}
-        idle = {each for each in handlers if each.awaited == EVENT_READ} - asking
-        if idle:
-            self.end(min(idle, key=lambda each: each.deadline))
-        return bool(idle)
-
-    def advance(self, handler):
-        """Run a connection to its next wait, or to its end."""
-        try:
-            event = next(handler.steps)
-            if event != handler.awaited:
-                self.selector.modify(handler.request, event, handler)
-                handler.awaited = event
-        except OSError:
-            self.end(handler)
-        except Exception:
-            self.handle_error(handler.request, handler.client_address)
-            self.end(handler)
-
-    def end(self, handler):
-        handler.steps.close()  # it and the handler refer to each other
-        self.handlers.remove(handler)
-        self.selector.unregister(handler.request)
-        self.shutdown_request(handler.request)
+    def close_request(self, request):
+        self.deadlines.pop(request, None)
+        super().close_request(request)
 
     def handle_error(self, request, client_address):
-        with contextlib.suppress(OSError, ValueError):
+        """Tell stderr of a defect, but not of a client that has gone."""
+        if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
+
+    def server_close(self):
+        """Answer what has arrived, but nothing that comes later; wait for `grace`."""
+        self.socket.settimeout(0.01)
+        with contextlib.suppress(OSError):  # until nobody stands in the queue
+            for _ in range(self.request_queue_size):
+                self.process_request(*self.get_request())
+        super().server_close()
+        for connection in self.deadlines.copy():
+            hang_up(connection, socket.SHUT_RD)
+        end = time.monotonic() + self.grace
+        while self.deadlines and time.monotonic() < end:
+            time.sleep(0.01)
+        for connection in self.deadlines.copy():
+            hang_up(connection)
+        self.pool.shutdown()
 
 
 # ---- The command line --------------------------------------------------------
@@ -772,19 +665,12 @@ def port_number(text):
     return int(text)
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what the program is above its usage; a description would stand below."""
-
-    def format_help(self):
-        about = "eventbook: an event booking backend over HTTP"
-        return f"{about}\n\n{super().format_help()}"
-
-
 def parse_options():
     """What the command line and PORT say; exits with 2 if that is wrong."""
     users = "".join(f"  user-id: {user}  {role}\n" for user, role in USERS.items())
     example = "  curl -H 'user-id: 2' http://localhost:3000/api/events"
-    parser = Parser(
+    parser = argparse.ArgumentParser(
+        description="eventbook: an event booking backend over HTTP",
         epilog=f"users:\n{users}\nexample:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -798,25 +684,18 @@ def parse_options():
     return parser.parse_args()
 
 
-def console():
-    """write(text) for stdout, without a buffer: nothing is left to flush at exit."""
-    if sys.stdout is None:
-        return lambda text: None
-    raw = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
-
-    def write(text):
-        octets = text.encode(sys.stdout.encoding, "replace")
-        while octets:  # a pipe may take a part of them; one that never waits, nothing
-            taken = raw.write(octets) or 0
-            octets = octets[taken:]
-            if not taken:
-                time.sleep(0.01)
-
-    return write
+def write(text):
+    """Print, past stdout's buffer, so that nothing is left to fail at the exit."""
+    if sys.stdout:  # None if the program was started without one
+        how = {"encoding": sys.stdout.encoding, "errors": "replace", "closefd": False}
+        with open(sys.stdout.fileno(), "w", **how) as console:
+            console.write(text)
 
 
 def open_store(log_path, notifier):
     """A Store whose bookings and cancellings are logged first; raises OSError."""
+    if log_path == DEFAULT_LOG:  # a folder that was named is not made: it may be a slip
+        os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
     store, log = Store(), Log(log_path)
     store.on("booking.created", log, notifier.confirm)
     store.on("booking.cancelled", log)
@@ -824,31 +703,46 @@ def open_store(log_path, notifier):
     return store
 
 
-def main():
-    options, notifier = parse_options(), Notifier(console())
-    try:
-        advice = f"cannot write {options.log}; name another file with --log"
-        if options.log == DEFAULT_LOG:
-            os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
-        store = open_store(options.log, notifier)
-        address = options.host, options.port
-        advice = "cannot listen on {}:{}; try another --port or --host".format(*address)
-        server = Server(address, store)
-    except (OSError, TypeError) as error:
-        sys.exit(f"eventbook: {advice} ({error})")
+def keep_to_one_processor():
+    """Python runs one thread at a time; if the next one waits on another processor, to
+    hand over the interpreter's lock takes longer than to answer."""
+    with contextlib.suppress(AttributeError, OSError):  # Linux has it, few others have
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
-    def stop(_signal, _frame):
-        server.shutdown()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+
+def stop_by_signal(server):
+    """Have SIGINT, SIGTERM and SIGHUP shut a server down, a second SIGINT end it."""
+
+    def stop(_number, _frame):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # A bare thread: what a signal interrupts may hold a lock of threading's.
+        _thread.start_new_thread(server.shutdown, ())
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    host = "localhost" if options.host in ("127.0.0.1", "") else options.host
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none, nohup has it ignored
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+        signal.signal(hangup, stop)
+
+
+def main():
+    options, notifier = parse_options(), Notifier(write)
+    host, port = options.host, options.port
+    try:
+        advice = f"cannot write {options.log}; name another file with --log"
+        store = open_store(options.log, notifier)
+        advice = f"cannot listen on {host}:{port}; try another --port or --host"
+        server = Server((host, port), store)
+    except (OSError, TypeError) as error:
+        sys.exit(f"eventbook: {advice} ({error})")
+    keep_to_one_processor()
+    stop_by_signal(server)
+    host = "localhost" if host in ("127.0.0.1", "") else host
     host = f"[{host}]" if ":" in host else host
     notifier.say(f"eventbook listens on http://{host}:{server.server_address[1]}")
     notifier.start()
-    server.serve_forever(poll_interval=0.1)
+    server.serve_forever()
+    server.server_close()
     notifier.close(timeout=2)
 
 
