@@ -1,6 +1,6 @@
 """The tests of eventbook: its contract, put to a real server on a free port.
 
-    python -m pytest -q                  # all of them, in some 20 seconds
+    python -m pytest -q                  # all of them, in some 15 seconds
     python -m pytest -q -k the_story     # the assignment's nine cases
 
 They speak a small language:
@@ -19,7 +19,6 @@ patched. A server in a thread must leave nothing on stderr: the fixture `quiet`.
 
 import contextlib
 import http.client
-import inspect
 import itertools
 import json
 import os
@@ -28,7 +27,6 @@ import re
 import shutil
 import signal
 import socket
-import socketserver
 import struct
 import subprocess
 import sys
@@ -43,17 +41,9 @@ import pytest
 
 import eventbook
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-pytestmark = pytest.mark.filterwarnings(
-    "error::pytest.PytestUnhandledThreadExceptionWarning"
-)
 each = pytest.mark.parametrize
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and descriptors")
-linux = pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux's prlimit")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux's own calls")
 
 # ---- The language ------------------------------------------------------------
 # A Site is a running server, in a thread or in a process, and the ways to speak to it.
@@ -64,6 +54,10 @@ EVENT = {"title": "Tech Conference 2026", "date": "2026-02-15", "availableTicket
 DENIED, UNAUTHORIZED = {"error": "Access denied"}, {"error": "Unauthorized"}
 NO_EVENT, NO_BOOKING = {"error": "Event not found"}, {"error": "Booking not found"}
 SOLD_OUT = {"error": "Booking failed: sold out"}
+CREATING = ("POST", "/api/events", 1, EVENT)
+BOOKING = ("POST", "/api/events/1/book", 2)
+CANCELLING = ("DELETE", "/api/bookings/1", 2)
+UPDATING, READING = ("PUT", "/api/events/1", 1), ("GET", "/api/events/1", 1)
 
 Reply = namedtuple("Reply", "status content fields")
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -106,6 +100,10 @@ class Site:
 
     def entries(self):
         return [json.loads(line) for line in self.log.read_bytes().splitlines()]
+
+    def logged(self):
+        """The ids of the bookings that the log tells of, line by line."""
+        return [entry["data"]["id"] for entry in self.entries()]
 
     def printed(self):
         """All that was printed; nothing is after that."""
@@ -167,24 +165,24 @@ def eventually(condition):
         time.sleep(0.005)
 
 
-def let_pass(seconds):
-    """For what must not happen meanwhile, or must be late by then."""
-    end = time.monotonic() + seconds
-    eventually(lambda: time.monotonic() > end)
-
-
 def together(number, work):
-    """The results of work(0), work(1), ... in so many threads at the same moment."""
-    barrier = threading.Barrier(number)
-    with ThreadPoolExecutor(number, initializer=barrier.wait, initargs=(10,)) as pool:
-        return list(pool.map(work, range(number)))
+    """The results of work(0), work(1), ... in so many threads at the same moment, which
+    are switched as often as can be."""
+    barrier, interval = threading.Barrier(number), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(number, initializer=barrier.wait) as pool:
+            return list(pool.map(work, range(number)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @contextlib.contextmanager
-def serving(store, server_class=eventbook.Server, poll=0.01, **more):
-    """A Site whose server runs in a thread."""
+def serving(store, server_class=eventbook.Server, **more):
+    """A Site whose server runs in a thread; no thread is left of it in the end."""
+    threads = threading.active_count()
     server = server_class(("127.0.0.1", 0), store)
-    thread = threading.Thread(target=server.serve_forever, args=(poll,))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         site = Site(server.server_address[1], **more)
@@ -194,7 +192,7 @@ def serving(store, server_class=eventbook.Server, poll=0.01, **more):
         server.shutdown()
         thread.join(10)
         server.server_close()
-        assert not thread.is_alive()
+        eventually(lambda: threading.active_count() <= threads)
 
 
 @contextlib.contextmanager
@@ -207,37 +205,6 @@ def whole_server(log, server_class=eventbook.Server):
     with serving(store, server_class, log=log, notifier=notifier, lines=lines) as site:
         yield site
     notifier.close(5)
-
-
-def on_sale(tickets):
-    """(Store, Request): a store with one event, and what customer 2 books it with."""
-    content = json.dumps({**EVENT, "availableTickets": tickets}).encode()
-    store, ask = eventbook.Store(), eventbook.Request("", "", {}, content, id=1, user=2)
-    store.create(ask)
-    return store, ask
-
-
-def slow_store(seconds):
-    """A Store in which an update takes so long."""
-    store, pause = eventbook.Store(), threading.Event()
-    store.on("event.updated", lambda *_: pause.wait(seconds))
-    return store
-
-
-@contextlib.contextmanager
-def held_up(server_class=eventbook.Server):
-    """(Site, hold, go_on): hold(client) lets the server work for that one, and for
-    nobody else, until go_on.set()."""
-    held, go_on, store = threading.Event(), threading.Event(), eventbook.Store()
-    store.on("event.updated", lambda *_: held.set() or go_on.wait(10))
-
-    def hold(client, behind=b""):
-        client.sendall(request("PUT", "/api/events/1", user=1) + behind)
-        assert held.wait(10)
-
-    with serving(store, server_class) as site:
-        site.call("POST", "/api/events", 1, EVENT)
-        yield site, hold, go_on
 
 
 @pytest.fixture(autouse=True)
@@ -261,7 +228,7 @@ def call(server):
 @pytest.fixture
 def event(call):
     """Event 1, with three tickets."""
-    return call("POST", "/api/events", 1, EVENT).content
+    return call(*CREATING).content
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +236,7 @@ def common():
     """A server for tables whose rows change nothing: event 1 is sold out, to user 2."""
     with serving(eventbook.Store()) as site:
         site.call("POST", "/api/events", 1, {**EVENT, "availableTickets": 1})
-        site.call("POST", "/api/events/1/book", 2)
+        site.call(*BOOKING)
         yield site
 
 
@@ -327,8 +294,6 @@ def test_what_is_created_says_where_it_is(call, event):
 # ---- Roles and the order of checks -------------------------------------------
 
 ORGANIZER, CUSTOMER = "ORGANIZER", "CUSTOMER"
-BOOKING = ("POST", "/api/events/1/book", 2)
-CANCELLING = ("DELETE", "/api/bookings/1", 2)
 ROUTES = [
     ("POST", "/api/events", [ORGANIZER]),
     ("PUT", "/api/events/:id", [ORGANIZER]),
@@ -355,12 +320,12 @@ def test_roles(common, method, path, roles, user):
         assert status == (403 if ROLES[user] else 401)
 
 
-def test_the_code_and_the_root_tell_these_routes(common):
+def test_the_root_tells_these_routes(common):
     told = common.call("GET", "/").content
     listed = [(one["method"], one["path"], one["roles"]) for one in told["routes"]]
     assert (told["service"], told["version"]) == ("eventbook", eventbook.VERSION)
     assert told["routes"][8]["does"] == "Read a booking of one's own."
-    assert listed == [(*one[:2], list(one.roles)) for one in eventbook.ROUTES] == ROUTES
+    assert listed == ROUTES
 
 
 NO_USERS = ["", "2 2", "2\r\nUser-Id: 2", *"0 4 -2 +2 02 X2 2.0 2,2 ２ two ²".split()]
@@ -377,8 +342,8 @@ OLD, NO_KEY = {"If_Match": '"x"'}, {"Idempotency_Key": ""}
 ORDER = [  # most are wrong in several ways; the first in the contract's order wins
     (411, "", "BREW", "/nowhere", None, None, {"Transfer_Encoding": "x"}),
     (413, "", "BREW", "/nowhere", None, b"[" * 100_000, {}),
-    (404, "Not found", "BREW", "/nowhere", None, None, {}),
-    (501, "", "BREW", "/api/events", None, b"!", {}),
+    (501, "", "BREW", "/nowhere", None, b"!", {}),
+    (404, "Not found", "PATCH", "/nowhere", None, b"!", {}),
     (405, "", "PATCH", "/api/events", None, b"!", {}),
     (401, "Unauthorized", "POST", "/api/events", None, b"!", {}),
     (403, "Access denied", "POST", "/api/events", 2, b"!", {}),
@@ -416,16 +381,15 @@ def test_a_path_that_is_none_is_not_found_by_anybody(common, path):
 
 
 @each("path", sorted({path for _, path, _ in ROUTES}))
-def test_options_and_405_say_what_a_path_allows(common, path):
-    """Also with one "/" behind, and of nobody; 204 has no Content-Length or -Type."""
-    methods = {method for method, other, _ in ROUTES if other == path} | {"OPTIONS"}
-    methods |= {"HEAD"} & {"HEAD" if method == "GET" else "" for method in methods}
+def test_a_method_that_a_path_has_not_is_refused_with_those_it_has(common, path):
+    """Of anybody, also with one "/" behind; CORS's OPTIONS is no exception."""
+    allowed = {method for method, other, _ in ROUTES if other == path}
+    allowed |= {"HEAD"} if "GET" in allowed else set()
     path = path.replace(":id", "1").rstrip("/") + "/"
-    told, refused = common.call("OPTIONS", path), common.call("PATCH", path, 1)
-    assert (told.status, told.content, refused.status) == (204, None, 405)
-    assert not {"content-length", "content-type"} & set(told.fields)
-    for allowed in told.fields["allow"], refused.fields["allow"]:
-        assert set(allowed.split(", ")) == methods
+    for method in "PATCH", "OPTIONS", "TRACE", "CONNECT":
+        refused = common.call(method, path)
+        assert refused[:2] == (405, {"error": "Method not allowed"})
+        assert set(refused.fields["allow"].split(", ")) == allowed
 
 
 @each("method", "BREW get Get PROPFIND GETS X-1".split())
@@ -442,7 +406,9 @@ WRONG = {
     + "2026-02-30 2026-13-01 2026-2-15 20260215 2026-W07-7 0000-01-01".split()
     + "２０２６-02-15 2026-02-15T 2026-02-15T24:00 2026-02-15T19 2026-02-15T19:60".split()
     + "2026-02-15T19:30:60 2026-02-15T19:30+25:00 2026-02-15t19:30 2026-046".split()
-    + "15.02.2026 tomorrow 2026-02-15Z 2026-02-15T19:30+0100 2025-02-29".split(),
+    + "15.02.2026 tomorrow 2026-02-15Z 2026-02-15T19:30+0100 2025-02-29".split()
+    + "2026-02-15T19:30:00. 2026-02-15T19:30:00,5 2026-02-15T19:30.5".split()
+    + ["2026-02-15T19:30:00." + "1" * 10],
 }
 
 
@@ -463,7 +429,8 @@ RIGHT = {
     "availableTickets": [1, 10**9],
     "date": "0001-01-01 9999-12-31 2024-02-29 2026-02-15T19:30".split()
     + "2026-02-15T00:00Z 2026-02-15T19:30:59 2026-02-15T19:30+05:30".split()
-    + ["2026-02-15T19:30:00-11:00"],
+    + "2026-02-15T19:30:00-11:00 2026-02-15T19:30:00.000Z".split()
+    + "2026-02-15T19:30:00.1 2026-02-15T19:30:00.123456789+01:00".split(),
 }
 
 
@@ -490,9 +457,10 @@ def test_creating_ignores_unknown_fields(call):
 @each("name", ["colour", "Title", "id", "etag", "__class__"])
 def test_updating_refuses_unknown_fields(common, name):
     """A misspelt field that is silently dropped is a lost edit; so is another's id."""
-    refused = common.call("PUT", "/api/events/1", 1, {"title": "New", name: 2})
-    assert (refused.status, list(refused.content["details"])) == (400, [name])
-    assert common.call("GET", "/api/events/1", 1).content["title"] == EVENT["title"]
+    for value in 2, True, "1":
+        refused = common.call(*UPDATING, {"title": "New", name: value})
+        assert (refused.status, list(refused.content["details"])) == (400, [name])
+    assert common.call(*READING).content["title"] == EVENT["title"]
 
 
 @each("change", [{"title": "New"}, {"date": "2027-01-01"}, {"availableTickets": 0}])
@@ -529,44 +497,55 @@ def test_cancelling_twice_frees_one_ticket(call, event):
     assert call(*BOOKING).content["booking"]["id"] == 2
 
 
+UNREADABLE = "not in UTF-8, nested too deep, or a number out of range"
 HOSTILE = {
-    "invalid UTF-8": b'{"title":"\xff"}',
-    "overlong UTF-8": b'{"title":"\xc0\xaf"}',
-    "UTF-8 surrogate": b'{"title":"\xed\xa0\x80"}',
-    "UTF-16": BODY.decode().encode("utf-16"),
-    "UTF-32": BODY.decode().encode("utf-32-le"),
-    "BOM": b"\xef\xbb\xbf" + BODY,
-    "NaN": b'{"availableTickets":NaN}',
-    "Infinity": b'{"availableTickets":Infinity}',
-    "minus Infinity": b'{"x":[{"y":-Infinity}]}',
-    "1e400": b'{"x":1e400}',
-    "lone surrogate": b'{"title":"\\ud800"}',
-    "lone surrogate in a key": b'{"\\udfff":1}',
-    "deep array": b"[" * 30_000 + b"]" * 30_000,
-    "deep object": b'{"x":' * 10_000 + b"1" + b"}" * 10_000,
-    "deep and open": b"[" * 65_536,
-    "5,000 digits": b'{"availableTickets":' + b"9" * 5000 + b"}",
-    "array": b"[" + BODY + b"]",
-    "text": b'"x"',
-    "number": b"1",
-    "null": b"null",
-    "blank": b" \r\n",
-    "cut": BODY[:-1],
-    "garbage behind": BODY + b"x",
-    "single quotes": b"{'title':'x'}",
-    "trailing comma": b'{"title":"x",}',
-    "control character": b'{"title":"\n"}',
-    "form": b"title=x&date=2026-02-15&availableTickets=3",
-    "NUL": b"\0",
+    "invalid UTF-8": (b'{"title":"\xff"}', UNREADABLE),
+    "overlong UTF-8": (b'{"title":"\xc0\xaf"}', UNREADABLE),
+    "UTF-8 surrogate": (b'{"title":"\xed\xa0\x80"}', UNREADABLE),
+    "UTF-16": (BODY.decode().encode("utf-16"), UNREADABLE),
+    "UTF-32": (BODY.decode().encode("utf-32-le"), "Expecting property name"),
+    "NaN": (b'{"availableTickets":NaN}', UNREADABLE),
+    "Infinity": (b'{"availableTickets":Infinity}', UNREADABLE),
+    "minus Infinity": (b'{"x":[{"y":-Infinity}]}', UNREADABLE),
+    "1e400": (b'{"x":1e400}', UNREADABLE),
+    "lone surrogate": (b'{"title":"\\ud800"}', UNREADABLE),
+    "lone surrogate in a key": (b'{"\\udfff":1}', UNREADABLE),
+    "deep array": (b"[" * 30_000 + b"]" * 30_000, UNREADABLE),
+    "deep object": (b'{"x":' * 10_000 + b"1" + b"}" * 10_000, UNREADABLE),
+    "deep and open": (b"[" * 65_536, UNREADABLE),
+    "5,000 digits": (b'{"availableTickets":' + b"9" * 5000 + b"}", ""),
+    "array": (b"[" + BODY + b"]", "an object is wanted"),
+    "text": (b'"x"', "an object is wanted"),
+    "number": (b"1", "an object is wanted"),
+    "null": (b"null", "an object is wanted"),
+    "blank": (b" \r\n", "Expecting value"),
+    "cut": (BODY[:-1], ""),
+    "garbage behind": (BODY + b"x", "Extra data"),
+    "single quotes": (b"{'title':'x'}", "Expecting property name"),
+    "trailing comma": (b'{"title":"x",}', ""),
+    "control character": (b'{"title":"\n"}', "Invalid control character"),
+    "form": (b"title=x&date=2026-02-15&availableTickets=3", "Expecting value"),
+    "NUL": (b"\0", "Expecting value"),
+    "mark inside": (b'{\xef\xbb\xbf"title":"x"}', "Expecting property name"),
 }
 
 
-@each("body", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_body_is_a_bad_request(common, body):
+@each("body, problem", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_body_is_a_bad_request(common, body, problem):
+    """In words for a client: none of Python's codecs, none of its advice."""
     for method, path in ("POST", "/api/events"), ("PUT", "/api/events/1"):
         refused = common.call(method, path, 1, body)
         assert refused.status == 400
-        assert refused.content["error"].startswith("Invalid JSON: ")
+        assert refused.content["error"].startswith(f"Invalid JSON: {problem}")
+        assert not re.search("codec|utf-8-sig|sys[.]", refused.content["error"])
+
+
+def test_a_byte_order_mark_is_ignored(call, event):
+    """RFC 8259, section 8.1: editors and PowerShell write one."""
+    marked = "\ufeff".encode() + BODY
+    assert call("POST", "/api/events", 1, marked)[:2] == (201, {"id": 2, **EVENT})
+    for body in marked, "\ufeff".encode():
+        assert call(*UPDATING, body).content["event"] == event
 
 
 def test_of_a_field_that_comes_twice_the_last_one_counts(call):
@@ -596,7 +575,7 @@ ADVICE = [  # each bad value is named with what would be right
         ("PUT", "/api/events/1", 1, {"availableTickets": -1, "id": 2, "x": 1}),
         {
             "availableTickets": "an integer from 0 to 1,000,000,000",
-            "id": "an integer from 1 to 1",
+            "id": "the id in the path",
             "x": "no field of this name is known",
         },
     ),
@@ -604,7 +583,7 @@ ADVICE = [  # each bad value is named with what would be right
         ("GET", "/api/events?limit=0&offset=-1&available=", 2),
         {
             "limit": "an integer from 1 to 1,000",
-            "offset": "an integer from 0 up",
+            "offset": "an integer from 0 to inf",
             "available": "true or false",
         },
     ),
@@ -617,7 +596,7 @@ def test_each_bad_value_is_named_with_what_would_be_right(common, step, details)
     assert refused.content == {"error": "Validation failed", "details": details}
 
 
-# ---- Retries and lost updates ------------------------------------------------
+# ---- Retries and preconditions -----------------------------------------------
 
 
 def test_a_retry_with_a_key_acts_once(server, call, event):
@@ -633,11 +612,9 @@ def test_a_retry_with_a_key_acts_once(server, call, event):
 
 
 def test_a_key_is_for_one_event_and_one_customer(call, event):
-    call("POST", "/api/events", 1, EVENT)
+    call(*CREATING)
     assert call(*BOOKING, Idempotency_Key="k").status == 201
-    refused = call("POST", "/api/events/2/book", 2, Idempotency_Key="k")
-    error = {"error": "Idempotency-Key was used for another event"}
-    assert refused[:2] == (422, error)
+    assert call("POST", "/api/events/2/book", 2, Idempotency_Key="k").status == 422
     theirs = call("POST", "/api/events/2/book", 3, Idempotency_Key="k")
     assert theirs.content["booking"] == {"id": 2, "eventId": 2, "customerId": 3}
 
@@ -657,54 +634,73 @@ def test_a_key_is_1_to_255_visible_characters(common, key):
     assert refused[:2] == (400, wanted)
 
 
-def test_the_newest_ten_thousand_keys_are_remembered():
-    """The store is asked, which is sooner done than 10,000 requests are read."""
-    store, ask = on_sale(20_000)
-    keys = [{"idempotency-key": str(key)} for key in [*range(10_001), 1, 0]]
-    ids = [store.book(ask._replace(fields=fields)).id for fields in keys]
+def test_the_newest_ten_thousand_keys_are_remembered(server, call):
+    """All are sent on one connection, then the second and the first once more."""
+    call("POST", "/api/events", 1, {**EVENT, "availableTickets": 20_000})
+    path, keys = "/api/events/1/book", [*range(10_001), 1, 0]
+    asked = [request("POST", path, f"Idempotency-Key: {key}", user=2) for key in keys]
+    found = server.talk(b"".join(asked[:-2])) + server.talk(b"".join(asked[-2:]))
+    ids = [json.loads(one.content)["booking"]["id"] for one in found]
     assert ids == [*range(1, 10_002), 2, 10_002]
 
 
 CHANGES = [
-    ("PUT", "/api/events/1", 1, {"title": "New"}),
-    ("PUT", "/api/events/1", 1, {"availableTickets": 9}),
+    (*UPDATING, {"title": "New"}),
+    (*UPDATING, {"availableTickets": 9}),
     BOOKING,
     CANCELLING,
-    ("PUT", "/api/events/1", 1, EVENT),
+    (*UPDATING, EVENT),
 ]
 
 
-def test_the_etag_changes_with_the_event_and_never_comes_back(call, event, common):
+def test_the_etag_changes_with_the_event_and_never_comes_back(call, event):
     """Though the event does, and not in another run either; else it stays."""
-    tags = [site.call("GET", "/api/events/1", 1).fields["etag"] for site in (common,)]
+    with serving(eventbook.Store()) as another:
+        tags = [another.call(*CREATING).fields["etag"]]
     for change in CHANGES:
-        tags.append(call("GET", "/api/events/1", 1).fields["etag"])
-        call("POST", "/api/events", 1, EVENT)
-        unchanged = call("PUT", "/api/events/1", 1, {})
-        assert unchanged.fields["etag"] == tags[-1]
+        tags.append(call(*READING).fields["etag"])
+        call(*CREATING)
+        assert call(*UPDATING, {}).fields["etag"] == tags[-1]
         assert call(*change).status in (200, 201)
-    tags.append(call("GET", "/api/events/1", 2).fields["etag"])
+    tags.append(call(*READING).fields["etag"])
     assert len(set(tags)) == 7
     assert all(re.fullmatch(r'"[0-9a-f]{12}-\d+"', tag) for tag in tags)
 
 
-def test_the_current_etag_lets_an_update_pass(call, event):
-    tag = call("GET", "/api/events/1", 1).fields["etag"]
-    for wanted in tag, f'"old", {tag}', "*":
-        updated = call("PUT", "/api/events/1", 1, {}, If_Match=wanted)
-        assert (updated.status, updated.fields["etag"]) == (200, tag)
+PRECONDITIONS = [  # what a field says, T being the current tag; for PUT, for GET
+    ("If-Match", "T", 200, 200),
+    ("If-Match", "*", 200, 200),
+    ("If-Match", '"old", T', 200, 200),
+    ("If-Match", '"old"', 412, 412),
+    ("If-Match", '"old", W/"older"', 412, 412),
+    ("If-Match", "W/T", 412, 412),
+    ("If-Match", '"*"', 412, 412),
+    ("If-Match", "x", 412, 412),
+    ("If-Match", "", 412, 412),
+    ("If-None-Match", "T", 412, 304),
+    ("If-None-Match", "*", 412, 304),
+    ("If-None-Match", '"old",T', 412, 304),
+    ("If-None-Match", 'W/"old", W/T', 412, 304),
+    ("If-None-Match", '"old"', 200, 200),
+    ("If-None-Match", '"*"', 200, 200),
+    ("If-None-Match", "x", 200, 200),
+    ("If-None-Match", "", 200, 200),
+]
 
 
-def test_a_stale_etag_stops_an_update(server, call, event):
-    stale = call("GET", "/api/events/1", 1).fields["etag"]
-    call(*BOOKING)
-    now = call("GET", "/api/events/1", 1)
-    tag = now.fields["etag"]
-    for wanted in stale, f"W/{tag}", f'{stale}, "older"', '"*"', tag[1:-1], "":
-        refused = call("PUT", "/api/events/1", 1, {"title": "New"}, If_Match=wanted)
-        assert (refused.status, refused.fields["etag"]) == (412, tag)
-    assert call("GET", "/api/events/1", 1).content == now.content
-    assert len(server.printed()) == 1
+@each("name, value, put, got", PRECONDITIONS)
+def test_preconditions(server, call, event, name, value, put, got):
+    """RFC 9110, section 13. A refusal names the current tag and changes nothing."""
+    tag = call(*READING).fields["etag"]
+    field = f"{name}: {value.replace('T', tag)}"
+    for method, status in ("GET", got), ("HEAD", got), ("PUT", put):
+        body = b'{"title":"New"}' * (method == "PUT")
+        (found,) = server.talk(request(method, READING[1], field, user=1, body=body))
+        assert found.status == status
+        assert (found.fields["etag"] == tag) == (method != "PUT" or put == 412)
+        assert ("content-length" in found.fields) == (status != 304)
+    assert call(*READING).content["title"] == ("New" if put == 200 else EVENT["title"])
+    assert len(server.printed()) == 0
 
 
 def test_an_event_that_was_read_can_be_edited_and_put_back(call, event):
@@ -791,6 +787,7 @@ def test_head_that_is_refused_has_no_content_either(common, fields):
         with common.connect() as client, client.makefile("rb") as file:
             octets = request("HEAD", "/nowhere", "Connection: close", fields)
             client.sendall(front + octets)
+            client.shutdown(socket.SHUT_WR)
             assert file.read().endswith(b"\r\n\r\n")
 
 
@@ -873,31 +870,63 @@ def live_bookings(entries):
 
 @each("seed", range(4))
 def test_a_random_history_is_answered_as_the_model_says(server, call, seed):
-    """Each answer is the model's; sold and left are each event's capacity; the log
-    replays to exactly the live bookings."""
-    chance, model, capacity = random.Random(seed), Model(), {}
+    """Each answer is the model's; the log replays to exactly the live bookings."""
+    chance, model = random.Random(seed), Model()
     for _ in range(300):
         verb, id, user, body = random_step(chance, model)
         method, path, _ = VERBS[verb]
         status, content, _ = call(method, path.format(id), user, body)
         assert (status, content) == getattr(model, verb)(id, user, body)
-        if (verb, status) == ("create", 201):
-            capacity[content["id"]] = content["availableTickets"]
-    sold = [one["eventId"] for one in model.bookings.values()]
-    for event in call("GET", "/api/events", 2).content:
-        left = event["availableTickets"]
-        assert left + sold.count(event["id"]) == capacity[event["id"]]
     assert live_bookings(server.entries()) == model.bookings
     own = [one for user in (2, 3) for one in call("GET", "/api/bookings", user).content]
     assert {one["id"]: one for one in own} == model.bookings
 
 
 # ---- Races -------------------------------------------------------------------
+# Many clients over real connections. With the store's lock taken away they all fail.
+
+
+@each("seed", range(3))
+def test_a_random_history_of_many_clients_is_one_that_the_model_can_have(
+    server, call, seed
+):
+    """The log says in which order; replayed in that order, the model makes the same
+    bookings, and ends with the same events. What was confirmed is what was logged."""
+    model, confirmed = Model(), []
+    for tickets in 3, 5, 8:
+        model.create(
+            0, 1, call(*CREATING[:3], {**EVENT, "availableTickets": tickets}).content
+        )
+
+    def act(number):
+        chance = random.Random(f"{seed} {number}")
+        for _ in range(40):
+            user, event, booking = (
+                2 + number % 2,
+                chance.randint(1, 3),
+                chance.randint(1, 60),
+            )
+            booked = call("POST", f"/api/events/{event}/book", user)
+            cancelled = call("DELETE", f"/api/bookings/{booking}", user)
+            done = [one for one in (booked, cancelled) if one.status < 300]
+            confirmed.extend(one.content["booking"] for one in done)
+
+    together(12, act)
+    for entry in server.entries():
+        id, event, user = entry["data"].values()
+        verb = "book" if entry["event"] == "booking.created" else "cancel"
+        status, told = getattr(model, verb)(event if verb == "book" else id, user, None)
+        assert (status < 300, told.get("booking")) == (True, entry["data"])
+    assert list(model.events.values()) == call("GET", "/api/events", 2).content
+    by_id = [sorted(one.values()) for one in confirmed]
+    assert sorted(by_id) == sorted(
+        sorted(one["data"].values()) for one in server.entries()
+    )
 
 
 def test_64_threads_get_exactly_the_200_tickets_there_are(server, call, event):
     """No ticket twice, none left, and the log in the order of the ids."""
-    call("PUT", "/api/events/1", 1, {"availableTickets": 200})
+    call(*UPDATING, {"availableTickets": 200})
 
     def book(number):
         path, user = "/api/events/1/book", 2 + number % 2
@@ -905,67 +934,54 @@ def test_64_threads_get_exactly_the_200_tickets_there_are(server, call, event):
         return [content["booking"]["id"] for status, content in booked]
 
     made = [booking for mine in together(64, book) for booking in mine]
-    assert sorted(made) == list(range(1, 201))
-    assert [entry["data"]["id"] for entry in server.entries()] == list(range(1, 201))
-    assert call("GET", "/api/events/1", 2).content["availableTickets"] == 0
+    assert sorted(made) == server.logged() == list(range(1, 201))
+    assert call(*READING).content["availableTickets"] == 0
     assert len(server.printed()) == 200
 
 
-def test_the_store_itself_sells_no_ticket_twice():
-    """Its lock, without the server in front of it: eight threads at once."""
-    sold, (store, ask) = [], on_sale(2000)
-
-    def book(_):
-        with contextlib.suppress(eventbook.Refusal):
-            while True:
-                sold.append(store.book(ask).id)
-
-    together(8, book)
-    assert sorted(sold) == list(range(1, 2001))
+def test_of_many_who_cancel_a_booking_one_does(server, call, event):
+    """And frees one ticket, of which there is one line."""
+    for number in range(1, 9):
+        assert call(*BOOKING).status == 201
+        path = f"/api/bookings/{number}"
+        made = together(8, lambda _, path=path: call("DELETE", path, 2).status)
+        assert sorted(made) == [200] + [404] * 7
+    assert call(*READING).content == event
+    assert server.logged() == [number for number in range(1, 9) for _ in "12"]
 
 
 def test_many_with_one_key_make_one_booking(server, call, event):
-    made = together(32, lambda _: call(*BOOKING, Idempotency_Key="k")[:2])
-    assert made[0][0] == 201
-    assert made == [made[0]] * 32
-    assert call("GET", "/api/events/1", 2).content["availableTickets"] == 2
-    assert len(server.entries()) == len(server.printed()) == 1
+    for key, left in ("a", 2), ("b", 1), ("c", 0):
+        made = together(16, lambda _, key=key: call(*BOOKING, Idempotency_Key=key)[:2])
+        assert made[0][0] == 201
+        assert made == [made[0]] * 16
+        assert call(*READING).content["availableTickets"] == left
+    assert server.logged() == [1, 2, 3]
+    assert len(server.printed()) == 3
 
 
 def test_of_many_with_one_etag_one_updates(call, event):
-    tag = call("GET", "/api/events/1", 1).fields["etag"]
-
-    def put(number):
-        return call("PUT", "/api/events/1", 1, {"title": str(number)}, If_Match=tag)
-
-    made = sorted(together(32, put), key=lambda one: one.status)
+    tag = call(*READING).fields["etag"]
+    body = [{"title": str(number)} for number in range(32)]
+    made = together(32, lambda number: call(*UPDATING, body[number], If_Match=tag))
+    made.sort(key=lambda one: one.status)
     assert statuses(made) == [200] + [412] * 31
-    assert call("GET", "/api/events/1", 1).content == made[0].content["event"]
+    assert call(*READING).content == made[0].content["event"]
 
 
-def test_no_update_is_lost_and_no_ticket_among_book_cancel_and_put(server, call, event):
-    """Eight book and cancel; eight count up in the title: they read, add one and put it
-    back with If-Match. The count is right, and sold and left are the capacity."""
-    call("PUT", "/api/events/1", 1, {"title": "0", "availableTickets": 20})
+def test_no_update_is_lost(call, event):
+    """Eight count up in the title: they read, add one and put it back with If-Match."""
+    call(*UPDATING, {"title": "0"})
 
-    def act(number):
-        if number % 2:
-            for booking in range(number, 60, 4):
-                call("POST", "/api/events/1/book", 2 + number % 4 // 2)
-                call("DELETE", f"/api/bookings/{booking}", 2 + number % 4 // 2)
-            return
+    def count(_):
         status = 412
         while status == 412:
-            read = call("GET", "/api/events/1", 1)
+            read = call(*READING)
             body = {"title": str(int(read.content["title"]) + 1)}
-            tag = read.fields["etag"]
-            status = call("PUT", "/api/events/1", 1, body, If_Match=tag).status
+            status = call(*UPDATING, body, If_Match=read.fields["etag"]).status
 
-    together(16, act)
-    left = call("GET", "/api/events/1", 2).content
-    sold = call("GET", "/api/events/1/bookings", 1).content
-    assert (left["title"], left["availableTickets"] + len(sold)) == ("8", 20)
-    assert live_bookings(server.entries()) == {one["id"]: one for one in sold}
+    together(8, count)
+    assert call(*READING).content["title"] == "8"
 
 
 # ---- Framing -----------------------------------------------------------------
@@ -994,7 +1010,7 @@ FIELDS = {  # field lines, behind or before a Host
     "|X: \0|X: a\0b|X: \x01|X: \x7f|X: \x1b[31m|X: \x0b|X: \x0c|\0X: 1|X\0: 1|X: a\n b"
     "|X: a\rb|X: a\nb|X: a\nY: b|X: a\rContent-Length: 9|X: a\r|X: a\n|\rX: a|X: a\r\r"
     "|X: a\r\n b|X: a\r\n\tb|X: a\r\n  |Host: a|Host: b|HOST: a|host: a",
-    431: "X: " + "x" * 16384 + "|" + "\r\n".join(["X: 1"] * 100),
+    431: "X: " + "x" * 16384 + "|" + "\r\n".join(["X: 1"] * 3000),
 }
 HOSTS = {  # all the field lines there are
     400: "|X: 1|Host:|Host: |Host: a, b|Host: a,b|Host: u@a|Host: u:p@a|Host: a/b"
@@ -1015,11 +1031,11 @@ OCTETS = {  # these and nothing else
     b"GET / HTTP/1.1\nHost: a\n\n": 400,
     b"GET / HTTP/1.1\r\nHost: a\n\r\n": 400,
     b"GET / HTTP/1.1\r\nHost: a\r\n\n": 400,
-    b"GET / HTTP/1.1\rHost: a\r\r": 400,
+    b"GET / HTTP/1.1\rHost: a\r\r\n\n": 400,
     b"GET / HTTP/1.1\r\nHost: a\xff\r\n\r\n": 400,
     b"\r\n\r\n" + GET: 400,
     bytes(range(256)): 400,
-    b"\0" * 100: 400,
+    b"\0" * 100 + b"\n": 400,
     b"\n" * 100: 400,
 }
 
@@ -1066,11 +1082,12 @@ def test_a_malformed_request_is_refused_and_its_connection_closed(
         check_standing_fields(refused)
 
 
-def of_size(line, header, count):
-    """A request with a request line, a header and so many fields of these sizes."""
-    fields = "Host: a\r\n" + "X: 1\r\n" * (count - 2)
+def of_size(line, header):
+    """A request whose request line and field lines have so many octets."""
     line = "GET /?" + "x" * (line - len("GET /? HTTP/1.1")) + " HTTP/1.1\r\n"
-    return f"{line}{fields}X: {'x' * (header - len(fields) - 5)}\r\n\r\n".encode()
+    return (
+        f"{line}Host: a\r\nX: {'x' * (header - len('Host: a..X: ..'))}\r\n\r\n".encode()
+    )
 
 
 CONVERSATIONS = {  # what is answered to these and a GET behind
@@ -1090,12 +1107,11 @@ CONVERSATIONS = {  # what is answered to these and a GET behind
         request("GET", "/", body=GET),
         request("GET", "/", KEEP, 'Connection: TE, closed, "close"'),
         request("GET", "/", "Connection:"),
-        of_size(8192, 1024, 9),
-        of_size(99, 16384, 9),
-        of_size(99, 1024, 100),
-        of_size(8192, 16384, 100),
+        request("GET", "/", *["X: 1"] * 2000),
+        of_size(8192, 99),
+        of_size(99, 16384),
+        of_size(8192, 16384),
         request("GET", "/", body=b" " * 65536),
-        request("GET", "/", EXPECT, body=b" " * 65536),
     ],
     (200,): [
         b"GET / HTTP/1.0\r\n\r\n",
@@ -1105,47 +1121,42 @@ CONVERSATIONS = {  # what is answered to these and a GET behind
         request("GET", "/", KEEP, "Connection: close"),
         request("GET", "/", "Connection: close", KEEP),
     ],
-    (204, 200): [request("OPTIONS", "*")],
     (400, 200): [request("POST", "/api/events", user=1, body=GET)],
     (401, 200): [request("POST", "/api/events", body=GET)],
     (403, 200): [request("POST", "/api/events", user=2, body=GET)],
-    (404, 200): [request("POST", "/nowhere", body=GET)],
+    (404, 200): [request("POST", "/nowhere", body=GET), request("OPTIONS", "*")],
     (405, 200): [request("PATCH", "/", body=GET)],
-    (501, 200): [request("BREW", "/", body=GET)],
+    (501,): [request("BREW", "/", body=GET)],
     (413,): [request("GET", "/", body=b" " * 65537)],
-    (414,): [of_size(8193, 1024, 9)],
-    (431,): [of_size(99, 16384 + 3, 9), of_size(99, 1024, 101)],  # without its line end
+    (414,): [of_size(8193, 99)],
+    (431,): [of_size(99, 16385)],
 }
 SAID = {  # what a refusal tells a person
-    b"\0": "Malformed request",
-    b"GET /\r\n\r\n": "Malformed request line or field line",
-    of_size(8193, 1024, 9): "Request line too long",
-    of_size(99, 1024, 101): "Header too large",
+    b"GET /\r\n\r\n": "Malformed request line",
+    of_size(8193, 99): "Request line too long",
+    b"x" * 70_000 + b"\n": "Request-URI Too Long|URI Too Long",
+    of_size(99, 16385): "Header too large",
     b"GET / HTTP/2.0\r\n\r\n": "HTTP/1.0 and HTTP/1.1 are spoken here",
     b"GET / HTTP/1.1\r\n\r\n": "Exactly one valid Host is needed",
+    request("GET", "/", " X: 1"): "Malformed field line, or cut short",
     request("GET", "a"): "Invalid request target",
     request("GET", "/", "Content-Length: x"): "Invalid Content-Length",
     request("GET", "/", "Content-Length: 65537"): "Content too large",
-    request("GET", "/", "Transfer-Encoding: x"): (
-        "Content-Length is needed, and no Transfer-Encoding"
-    ),
-    request("BREW", "/"): "Method not implemented",
+    request("GET", "/", "Content-Length: 9"): "Content cut short",
+    request("GET", "/", "Transfer-Encoding: x"): "No Transfer-Encoding is taken",
+    request("BREW", "/"): "Not Implemented",
     request("PUT", "/"): "Method not allowed",
     request("PUT", "/api/events/1", "If-Match: x", user=1): "Event has changed",
-    request("POST", "/api/events", user=1, body=b"[]"): (
-        "Invalid JSON: an object is wanted"
-    ),
-    request("POST", "/api/events", user=1, body=b"{"): (
-        "Invalid JSON: Expecting property name enclosed in double quotes: "
-        "line 1 column 2 (char 1)"
-    ),
+    request(
+        "PUT", "/api/events/1", "If-None-Match: *", user=1
+    ): "Event has not changed",
 }
 
 
 @each("octets, text", SAID.items(), ids=lambda case: ascii(case)[2:62])
 def test_a_refusal_says_what_is_wrong(common, octets, text):
     (refused,) = common.talk(octets)
-    assert json.loads(refused.content) == {"error": text}
+    assert re.fullmatch(text, json.loads(refused.content)["error"])
 
 
 ALL = [
@@ -1157,15 +1168,14 @@ ALL = [
 
 @each("octets, expected", ALL, ids=lambda case: ascii(case)[:60])
 def test_a_conversation_goes_on_or_is_closed(common, octets, expected):
+    """An answer that keeps the connection says for how long, less a second."""
     found = common.talk(octets + GET, half_close=len(expected) == 2)
     assert statuses(found) == list(expected)
-    assert [one.fields.get("connection") for one in found] in ([None, None], ["close"])
-    check_standing_fields(found[-1])
-
-
-@each("status, octets", [(414, b"X" * 8193), (431, GET[:-2] + b"X: " + b"x" * 16384)])
-def test_a_head_that_is_too_large_is_refused_before_its_end(common, status, octets):
-    assert statuses(common.talk(octets, half_close=False)) == [status]
+    for one in found:
+        closes = len(expected) == 1
+        assert one.fields.get("connection") == ("close" if closes else None)
+        assert one.fields.get("keep-alive") == (None if closes else "timeout=15")
+        check_standing_fields(one)
 
 
 EXPECTING = EXPECT, f"Content-Length: {len(BODY)}"
@@ -1209,13 +1219,11 @@ def test_each_request_on_a_connection_may_wait_to_be_asked(server):
 
 
 # ---- Cruelty -----------------------------------------------------------------
-
 SPLIT = {
     "create": (201, CREATE),
     "list": (200, LIST),
     "refused": (401, request("POST", "/api/events", body=b"{}")),
     "malformed": (400, request("GET", "/", "X : 1")),
-    "two line ends in front": (400, b"\r\n\r\n" + GET),
 }
 
 
@@ -1253,7 +1261,7 @@ def test_a_second_answer_does_not_wait_for_the_first_to_be_acknowledged(common):
 def test_a_request_cut_anywhere_is_never_acted_on(server, call, event):
     for octets in CREATE, BOOK:
         for at in range(len(octets)):
-            assert server.talk(octets[:at]) == [], at
+            assert statuses(server.talk(octets[:at])) in ([], [400]), at
     assert call("GET", "/api/events", 2).content == [event]
     assert server.entries() == []
 
@@ -1297,41 +1305,33 @@ def stuck_client(site):
         yield client
 
 
-def open_files():
-    return len(os.listdir("/dev/fd"))
-
-
 STATES = {
     "idle": b"",
     "half a head": CREATE[:20],
     "half a body": CREATE[:-9],
     "just asked": LIST,
-    "refused": b"\0",
-    "refused with more to come": b"\0" * 100_000,
+    "refused": b"\0\n",
+    "refused with more to come": b"\0\n" * 50_000,
     "not reading": LIST * 80,
 }
 
 
-@posix
 @each("octets", STATES.values(), ids=STATES)
 def test_a_client_that_vanishes_leaves_nothing_behind(server, call, octets):
-    """Ten reset their connections; threads and descriptors are as before."""
-    threads, files, clients = threading.active_count(), open_files(), []
+    """Ten reset their connections; none is open after that, and all threads are free."""
     long_list(server)
     for _ in range(10):
-        clients.append(server.connect())
-        clients[-1].sendall(octets)
-    server.pause()
-    for client in clients:
+        client = server.connect()
+        client.sendall(octets)
+        server.pause()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
-    eventually(lambda: threading.active_count() <= threads and open_files() <= files)
+    eventually(lambda: not server.server.deadlines)
     assert call("GET", "/api/events", 2).status == 200
 
 
 class Hasty(eventbook.Server):
-    request_time = answer_time = 0.25
-    linger_time = 0.2
+    patience = 0.3
 
 
 @pytest.fixture
@@ -1341,12 +1341,11 @@ def hasty(tmp_path):
         yield site
 
 
-@posix
 def test_a_client_that_never_reads_is_closed_and_holds_up_nobody(hasty):
     long_list(hasty)
     with stuck_client(hasty) as client:
         assert hasty.call("GET", "/api/events", 2).status == 200
-        eventually(lambda: not hasty.server.handlers)
+        eventually(lambda: not hasty.server.deadlines)
         with contextlib.suppress(ConnectionResetError):
             assert len(read_to_end(client)) < 80
 
@@ -1358,7 +1357,7 @@ def test_a_client_that_reads_late_gets_all_of_it(server):
         assert statuses(read_to_end(client)) == [200] * 80
 
 
-@each("octets", [CREATE * 9, b"\0"], ids=["asking", "refused"])
+@each("octets", [CREATE * 9, b"\0\n"], ids=["asking", "refused"])
 def test_a_client_that_drips_is_closed_at_the_deadline(hasty, octets):
     """However regularly octets come, the whole request has one deadline."""
     begun = time.monotonic()
@@ -1372,23 +1371,23 @@ def test_a_client_that_drips_is_closed_at_the_deadline(hasty, octets):
     assert hasty.call("GET", "/api/events", 2).content == []
 
 
-def test_a_request_that_came_while_the_server_was_held_up_is_not_overdue():
-    """Not even one that it takes two looks to read."""
-    with held_up(Hasty) as (site, hold, go_on), site.connect() as other:
-        site.pause()
-        with site.connect() as busy:
-            hold(busy)
-            other.sendall(request("GET", "/", "X: " + "x" * 9999, body=b" " * 65536))
-            let_pass(Hasty.request_time)
-            go_on.set()
-            assert answer(other).status == 200
-
-
-@each("octets, expected", [(b"", []), (CREATE[:-1], []), (GET, [200])])
+@each("octets, expected", [(b"", []), (CREATE[:-1], [400]), (GET, [200])])
 def test_an_idle_client_is_closed(hasty, octets, expected):
+    """No sooner than its time is over, which an answer begins anew."""
     with hasty.connect() as client:
+        begun = time.monotonic()
         client.sendall(octets)
-        assert statuses(read_to_end(client)) == expected
+        assert statuses(read_to_end(client)) in (expected, [])
+        assert time.monotonic() - begun > 0.25
+
+
+def test_a_request_that_takes_long_is_no_idle_client():
+    """Its client waits for the server, not the server for its client."""
+    store, pause = eventbook.Store(), threading.Event()
+    store.on("event.updated", lambda *_: pause.wait(1))
+    with serving(store, Hasty) as site:
+        site.call(*CREATING)
+        assert site.call(*UPDATING).status == 200
 
 
 class Small(eventbook.Server):
@@ -1402,166 +1401,62 @@ def small(tmp_path):
         yield site
 
 
+def test_each_open_connection_has_a_thread(server):
+    with contextlib.ExitStack() as stack:
+        before = threading.active_count()
+        for _ in range(40):
+            stack.enter_context(server.connect())
+        server.pause()
+        assert threading.active_count() - before >= 40
+
+
 def test_the_longest_idle_makes_room(small):
     """The first to come has spoken since; so it is the second that is closed."""
     with small.connect() as first, small.connect() as second:
         for client in first, second, first:
             client.sendall(GET)
             assert answer(client).status == 200
-        begun = time.monotonic()
         with small.connect() as third:
             assert second.recv(1) == b""
-            assert time.monotonic() - begun < 0.9
             for client in third, first:
                 client.sendall(GET)
                 assert answer(client).status == 200
 
 
-class Thronged(eventbook.Server):
-    """Whenever somebody is let in there is somebody else, so many times."""
-
-    coming = 0
-
-    def get_request(self):
-        if self.coming:
-            self.coming -= 1
-            self.throng.enter_context(socket.create_connection(self.server_address))
-        return super().get_request()
-
-
-def test_a_throng_of_newcomers_starves_nobody():
-    """The request of one who is known came just behind the first of them."""
-    with contextlib.ExitStack() as stack, held_up(Thronged) as (site, hold, go_on):
-        busy, kept = (stack.enter_context(site.connect()) for _ in "12")
-        kept.sendall(GET)
-        assert answer(kept).status == 200
-        hold(busy)
-        site.server.throng, site.server.coming = stack, 200
-        stack.enter_context(site.connect())
-        kept.sendall(GET)
-        go_on.set()
-        assert answer(kept).status == 200
-        assert site.server.coming > 0
-
-
-def test_when_all_are_at_work_a_client_is_sent_away(small):
-    long_list(small)
-    with stuck_client(small), stuck_client(small):
-        refused = small.call("GET", "/")
-        assert refused[:2] == (503, {"error": "All connections are at work"})
-        assert refused.fields["retry-after"] == "1"
-        assert refused.fields["connection"] == "close"
-    eventually(lambda: small.call("GET", "/").status == 200)
-
-
-def test_whoever_comes_while_all_are_at_work_is_sent_away(small):
-    """However many: none is closed for the next one, but each is told."""
-    long_list(small)
-    with stuck_client(small), stuck_client(small), contextlib.ExitStack() as stack:
-        more = [stack.enter_context(small.connect()) for _ in range(9)]
-        for client in more:
-            client.sendall(GET)
-        assert [answer(client).status for client in more] == [503] * 9
-
-
-def test_those_who_were_sent_away_take_no_room(small):
-    """Nor do those who would be, but never ask."""
-    long_list(small)
-    with stuck_client(small), contextlib.ExitStack() as stack:
-        with stuck_client(small):
-            for _ in "123":
-                stack.enter_context(small.connect())
-            assert small.call("GET", "/").status == 503
-        eventually(lambda: small.call("GET", "/").status == 200)
-
-
-def test_who_came_when_all_were_at_work_may_be_served_later(small):
-    """What counts is the moment when it asks."""
-    long_list(small)
+def test_slow_clients_shut_nobody_out(small):
+    """However many there are, and though none of them is overdue."""
     with contextlib.ExitStack() as stack:
-        with stuck_client(small), stuck_client(small):
-            late = stack.enter_context(small.connect())
-            assert small.call("GET", "/").status == 503
-        eventually(lambda: len(small.server.handlers) == 1)
-        late.sendall(GET)
-        assert answer(late).status == 200
+        for _ in range(100):
+            stack.enter_context(small.connect()).sendall(CREATE[:20])
+        for _ in range(10):
+            assert small.call("GET", "/").status == 200
 
 
-def test_who_has_just_asked_does_not_make_room_unanswered():
-    """The only place is taken by one who asks while a newcomer comes in."""
-    asking = []
-
-    class One(eventbook.Server):
-        connection_limit = 1
-
-        def get_request(self):
-            newcomer = super().get_request()
-            if asking:
-                asking.pop().sendall(GET)
-            return newcomer
-
-    with serving(eventbook.Store(), One) as site, site.connect() as kept:
-        kept.sendall(GET)
-        assert answer(kept).status == 200
-        asking.append(kept)
-        assert site.call("GET", "/").status == 200
-        assert answer(kept).status == 200
+def test_who_is_at_work_makes_no_room():
+    """Both that fill the server wait for an answer: it is the newcomer that goes."""
+    store, busy, go_on = eventbook.Store(), [], threading.Event()
+    store.on("event.updated", lambda *_: busy.append(1) or go_on.wait(10))
+    store.lock = contextlib.nullcontext()
+    with serving(store, Small) as site, site.connect() as one, site.connect() as two:
+        store.create(eventbook.Request("", {}, BODY, None, 1))
+        for client in one, two:
+            client.sendall(request("PUT", "/api/events/1", user=1))
+        eventually(lambda: len(busy) == 2)
+        assert site.talk(GET, half_close=False) == []
+        go_on.set()
+        assert [answer(client).status for client in (one, two)] == [200, 200]
 
 
-def test_who_sends_many_requests_at_once_waits_for_the_others():
-    """One answer each, in turn: here the other one comes before the last of many."""
-    with held_up() as (site, hold, go_on), site.connect() as many:
-        hold(many, BOOK * 500)
-        with site.connect() as other:
-            other.sendall(request("GET", "/api/events/1", user=2))
-            go_on.set()
-            assert answer(other).content["availableTickets"] > 0
-            many.shutdown(socket.SHUT_WR)
-            assert statuses(read_to_end(many)) == [200] + [201] * 3 + [400] * 497
-
-
-def test_who_asks_for_what_takes_long_has_one_turn_too():
-    """Three have sent ten requests of 10 ms each; a fourth asks for the root."""
-    store, turns = slow_store(0.01), []
-    store.on("event.updated", lambda *_: turns.append(1))
-    with serving(store) as site, contextlib.ExitStack() as stack:
-        site.call("POST", "/api/events", 1, EVENT)
-        *many, other = [stack.enter_context(site.connect()) for _ in "1234"]
-        for client in many:
-            client.sendall(request("PUT", "/api/events/1", user=1) * 10)
-        other.sendall(GET)
-        assert answer(other).status == 200
-        assert len(turns) < 15
-
-
-def test_one_that_speaks_while_it_might_make_room_is_answered():
-    with held_up(Small) as (site, hold, go_on):
-        with site.connect() as idle, site.connect() as busy:
-            hold(busy)
-            with site.connect() as third:
-                idle.sendall(GET)
-                third.sendall(GET)
-                go_on.set()
-                assert [answer(one).status for one in (busy, idle, third)] == [200] * 3
-        assert site.call("GET", "/").status == 200
-
-
-def test_a_refusal_can_be_read_by_a_client_that_still_sends(server):
+@each("octets", [request("GET", "/", "X : 1"), request("BREW", "/"), b"\n"])
+def test_a_refusal_can_be_read_by_a_client_that_still_sends(server, octets):
     """Closing with unread input would reset the connection and take the answer back."""
-    octets = request("GET", "/", "X : 1") + b"x" * 1_000_000
-    assert statuses(server.talk(octets)) == [400]
-
-
-def test_a_last_answer_too(server):
-    """Old clients send an empty line behind a request."""
-    octets = request("GET", "/", "Connection: close")
-    for _ in range(20):
-        assert statuses(server.talk(octets, b"\r\n")) == [200]
+    (refused,) = server.talk(octets + b"x" * 1_000_000)
+    assert refused.status in (400, 501)
 
 
 def test_a_refused_client_may_take_its_time(server):
     with server.connect() as client:
-        client.sendall(b"\0")
+        client.sendall(b"\0\n")
         for _ in range(50):
             server.pause()
             client.sendall(b"x")
@@ -1592,125 +1487,69 @@ def test_a_defect_of_ours_changes_nothing(capsys, name, step):
         faulty.append(True)
         assert site.call(*step)[:2] == (500, {"error": "Internal server error"})
         assert [site.call("GET", view, 1).content for view in views] == before
+        eventually(lambda: not site.server.deadlines)
         assert (told, capsys.readouterr().err.count("ZeroDivisionError")) == ([], 1)
         faulty.clear()
         assert (site.call(*step).status < 300, told) == (True, [name])
 
 
-def test_it_is_started_as_any_other_server_is():
-    mine, base = eventbook.Server.serve_forever, socketserver.BaseServer.serve_forever
-    assert inspect.signature(mine) == inspect.signature(base)
+class Exhausted(eventbook.Server):
+    """Has no descriptor for the first three connections."""
+
+    lacking = 3
+
+    def get_request(self):
+        self.lacking -= 1
+        if self.lacking >= 0:
+            raise OSError("Too many open files")
+        return super().get_request()
+
+
+def test_out_of_descriptors_it_goes_on():
+    with serving(eventbook.Store(), Exhausted) as site:
+        assert site.call("GET", "/").status == 200
 
 
 @posix
-def test_a_stopped_server_leaves_no_descriptor_open():
-    held = open_files()
-    with serving(eventbook.Store()) as site:
-        assert site.call("GET", "/").status == 200
-        assert open_files() > held
-    eventually(lambda: open_files() <= held)
-
-
-def test_out_of_descriptors_it_neither_spins_nor_sleeps_long():
-    tries = []
-
-    class Exhausted(eventbook.Server):
-        def get_request(self):
-            tries.append(time.monotonic())
-            raise OSError("Too many open files")
-
-    with serving(eventbook.Store(), Exhausted) as site, site.connect():
-        eventually(lambda: len(tries) >= 3)
-    assert 0.09 < tries[2] - tries[0] < 0.9
-
-
-def test_who_stood_in_the_queue_when_it_was_stopped_is_answered():
-    with held_up() as (site, hold, go_on), contextlib.ExitStack() as stack:
-        busy = stack.enter_context(site.connect())
-        hold(busy)
-        late = [stack.enter_context(site.connect()) for _ in range(99)]
-        for client in late:
-            client.sendall(GET)
-        site.server.shutdown()
-        let_pass(0.02)  # and its poll with it
-        go_on.set()
-        assert [answer(client).status for client in (busy, *late)] == [200] * 100
-
-
-def test_whoever_had_asked_when_it_was_stopped_is_answered():
-    """However long each takes; also one who had begun to, and all of one's requests."""
-    put = request("PUT", "/api/events/1", user=1)
-    with serving(slow_store(0.06)) as site, contextlib.ExitStack() as stack:
-        site.call("POST", "/api/events", 1, EVENT)
-        first, *clients, half = [stack.enter_context(site.connect()) for _ in "1234"]
-        for client in first, *clients:
-            client.sendall(put + GET + GET)
-        half.sendall(put[:-2])
-        assert answer(first).status == 200
-        site.server.shutdown()
-        for client in clients:
-            assert statuses(read_to_end(client)) == [200] * 3
-        half.sendall(put[-2:])
-        assert answer(half).fields["connection"] == "close"
-
-
-class Short(eventbook.Server):
-    grace_time = 0.1
-
-
-def test_many_that_take_long_do_not_hold_up_the_end_together():
-    """Forty have asked for what takes 50 ms each; the server stops in the middle."""
-    with contextlib.ExitStack() as stack:
-        with serving(slow_store(0.05), Short) as site:
-            site.call("POST", "/api/events", 1, EVENT)
-            clients = [stack.enter_context(site.connect()) for _ in range(40)]
-            for client in clients:
-                client.sendall(request("PUT", "/api/events/1", user=1))
-            assert answer(clients[0]).status == 200
-            stopped = time.monotonic()
-        assert time.monotonic() - stopped < 0.9
-
-
-def test_the_server_stays_awake_for_the_next_request_but_not_for_long():
-    """0.3 s after an answer have taken less than a third of the processor's time."""
-    with serving(eventbook.Store(), poll=0.4) as site, site.connect() as client:
-        client.sendall(GET)
-        assert answer(client).status == 200
-        begun = time.process_time()
-        let_pass(0.3)
-        assert time.process_time() - begun < 0.1
-
-
-def test_an_idle_client_does_not_hold_up_the_end():
+def test_what_has_arrived_when_it_is_stopped_is_answered():
+    """Also of those that stand in the queue, and all of it; the idle are dropped."""
     with contextlib.ExitStack() as stack:
         with serving(eventbook.Store()) as site:
             idle = stack.enter_context(site.connect())
             idle.sendall(GET)
             assert answer(idle).status == 200
+            site.server.shutdown()
+            clients = [stack.enter_context(site.connect()) for _ in range(99)]
+            for client in clients:
+                client.sendall(GET * 3)
+        assert idle.recv(1) == b""
+        for client in clients:
+            assert statuses(read_to_end(client)) == [200] * 3
+
+
+class Short(eventbook.Server):
+    grace = 0.1
+
+
+def test_stuck_clients_do_not_hold_up_the_end(tmp_path):
+    with contextlib.ExitStack() as stack:
+        with whole_server(tmp_path / "log", Short) as site:
+            long_list(site)
+            for _ in range(9):
+                stack.enter_context(stuck_client(site))
+                stack.enter_context(site.connect()).sendall(CREATE[:-2])
             stopped = time.monotonic()
-        assert time.monotonic() - stopped < 0.9
-
-
-class Faulty(eventbook.Server):
-    answer_time = "a defect"
-
-
-def test_a_defect_of_a_connection_ends_that_one_alone(capsys):
-    with serving(eventbook.Store(), Faulty) as site:
-        for _ in "12":
-            assert site.talk(GET, half_close=False) == []
-    assert capsys.readouterr().err.count("TypeError") == 2
+        assert time.monotonic() - stopped < 2
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_what_cannot_be_logged_does_not_happen():
     with whole_server("/dev/full") as site:
-        event = site.call("POST", "/api/events", 1, EVENT).content
+        event = site.call(*CREATING).content
         refused = site.call(*BOOKING, Idempotency_Key="k")
-        text = "The log cannot be written; nothing was changed, try again later"
-        assert refused[:2] == (503, {"error": text})
+        assert refused[:2] == (503, {"error": "The log cannot be written"})
         assert int(refused.fields["retry-after"]) > 0
-        assert site.call("GET", "/api/events/1", 2).content == event
+        assert site.call(*READING).content == event
         assert site.call("GET", "/api/bookings", 2).content == []
         assert site.printed() == []
 
@@ -1718,19 +1557,19 @@ def test_what_cannot_be_logged_does_not_happen():
 @linux
 def test_a_full_disk_leaves_whole_lines_until_there_is_room_again(program):
     """The limit cuts the third line in the middle, and a cancelling too."""
-    program.call("POST", "/api/events", 1, EVENT)
+    import resource
+
+    program.call(*CREATING)
     assert [program.call(*BOOKING).status for _ in "12"] == [201, 201]
     held = program.log.read_bytes()
     for limit, status in (len(held) + 40, 503), (resource.RLIM_INFINITY, 201):
         limits = limit, resource.RLIM_INFINITY
         resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, limits)
-        left = program.call("GET", "/api/events/1", 1).content["availableTickets"]
+        left = program.call(*READING).content["availableTickets"]
         assert (left, program.log.read_bytes()) == (1, held)
         assert program.call(*BOOKING).status == status
         assert program.call(*CANCELLING).status == (503 if status == 503 else 200)
-    assert [entry["data"]["id"] for entry in program.entries()] == [1, 2, 3, 1]
-    program.process.terminate()
-    assert program.process.wait(5) == 0
+    assert program.logged() == [1, 2, 3, 1]
 
 
 @posix
@@ -1766,7 +1605,43 @@ def test_a_half_line_is_ended_and_whole_ones_are_kept(tmp_path, held):
     assert rest == b""
 
 
-@each("trouble", [OSError, ValueError, BrokenPipeError, None])
+MOVES = {
+    "renamed": lambda log: log.rename(f"{log}.1"),
+    "removed": os.remove,
+    "replaced": lambda log: (
+        shutil.copy(log, f"{log}.1") and os.replace(f"{log}.1", log)
+    ),
+    "truncated": lambda log: os.truncate(log, 0),
+    "cut in a line": lambda log: os.truncate(log, log.stat().st_size - 5),
+    "appended to": lambda log: log.open("a").write("x"),
+}
+LEFT = {"replaced": 1, "cut in a line": 1, "appended to": 2}
+
+
+@each("move", MOVES)
+def test_the_log_is_at_its_path(server, call, event, move):
+    """Whatever is done to the file, the next line is there, and a line of its own."""
+    call(*BOOKING)
+    MOVES[move](server.log)
+    assert [call(*BOOKING).status for _ in "12"] == [201, 201]
+    *left, second, third, rest = server.log.read_bytes().split(b"\n")
+    assert [json.loads(line)["data"]["id"] for line in (second, third)] == [2, 3]
+    assert (len(left), rest) == (LEFT.get(move, 0), b"")
+
+
+def test_without_its_folder_the_log_takes_nothing(tmp_path):
+    (tmp_path / "logs").mkdir()
+    with whole_server(tmp_path / "logs" / "log") as site:
+        event = site.call(*CREATING).content
+        shutil.rmtree(tmp_path / "logs")
+        assert site.call(*BOOKING).status == 503
+        assert site.call(*READING).content == event
+        (tmp_path / "logs").mkdir()
+        assert site.call(*BOOKING).status == 201
+        assert site.logged() == [1]
+
+
+@each("trouble", [OSError, ValueError, None])
 def test_a_console_that_fails_or_hangs_harms_no_request(tmp_path, trouble):
     go_on = threading.Event()
 
@@ -1778,34 +1653,23 @@ def test_a_console_that_fails_or_hangs_harms_no_request(tmp_path, trouble):
     notifier = eventbook.Notifier(write)
     notifier.start()
     with serving(eventbook.open_store(str(tmp_path / "log"), notifier)) as site:
-        site.call("POST", "/api/events", 1, EVENT)
+        site.call(*CREATING)
         assert [site.call(*BOOKING).status for _ in "123"] == [201] * 3
+    notifier.close(0.05)
+    assert notifier.is_alive()
+    assert notifier.daemon  # so the process can end without it
     go_on.set()
-    notifier.close(5)
-    assert not notifier.is_alive()
+    notifier.join(5)
 
 
-def test_the_notifier_does_not_wait_for_more():
-    """It gathers what comes at about the same time, but is not slow to print."""
-    written, begun = [], time.monotonic()
-    notifier = eventbook.Notifier(written.append)
-    notifier.start()
-    notifier.say("one")
-    eventually(lambda: written)
-    notifier.say("two")
-    notifier.close(5)
-    assert written == ["one\n", "two\n"]
-    assert time.monotonic() - begun < 0.9
-
-
-def test_the_notifier_writes_whole_lines_in_order():
+def test_the_notifier_writes_whole_lines_in_order_and_does_not_wait_for_more():
     written, lines = [], [f"{number}\n" for number in range(1000)]
     notifier = eventbook.Notifier(written.append)
+    notifier.start()
     for line in lines:
         notifier.say(line[:-1])
-    notifier.start()
+    eventually(lambda: "".join(written) == "".join(lines))
     notifier.close(5)
-    assert "".join(written) == "".join(lines)
     assert all(text.endswith("\n") for text in written if text)
 
 
@@ -1813,6 +1677,8 @@ def test_the_notifier_writes_whole_lines_in_order():
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PORT"}
 ENVIRONMENT.update(PYTHONDONTWRITEBYTECODE="1", PYTHONIOENCODING="utf-8")
+CLOSED = ("sh", "-c", 'exec "$@" >&-', "sh")  # without a stdout
+NOHUP = ("sh", "-c", 'trap "" HUP; exec "$@"', "sh")
 
 
 @pytest.fixture
@@ -1820,10 +1686,10 @@ def launch(tmp_path):
     """launch(*options) starts the program; whatever still runs in the end is killed."""
     with contextlib.ExitStack() as stack:
 
-        def start(*options, program=PROGRAM, shell=(), **environment):
+        def start(*options, program=PROGRAM, shell=(), flags=(), **environment):
             how = dict.fromkeys(["stdout", "stderr"], subprocess.PIPE)
             how.update(env={**ENVIRONMENT, **environment}, encoding="utf-8")
-            command = [*shell, sys.executable, program, *options]
+            command = [*shell, sys.executable, *flags, program, *options]
             process = subprocess.Popen(command, cwd=tmp_path, **how)
             stack.enter_context(process)
             stack.callback(process.kill)
@@ -1876,8 +1742,7 @@ def test_the_start_line_holds_the_real_url(launch, host, shown):
 
 
 def test_only_notifications_follow_the_start_line(program):
-    program.call("POST", "/api/events", 1, EVENT)
-    for step in BOOKING, ("PUT", "/api/events/1", 1), ("GET", "/nowhere"):
+    for step in CREATING, BOOKING, UPDATING, ("GET", "/nowhere"):
         program.call(*step)
     program.talk(b"\0")
     lines = [program.process.stdout.readline() for _ in "12"]
@@ -1898,9 +1763,7 @@ def test_the_option_wins_over_port(launch):
     port = free_port()
     assert str(site_of(launch("--log", "log", PORT=port)).port) == port
     for other in port, "x":
-        site = site_of(launch("-p", "0", "--log", "log", PORT=other))
-        assert str(site.port) != port
-        assert site.call("GET", "/").status == 200
+        assert str(site_of(launch("-p", "0", "--log", "log", PORT=other)).port) != port
 
 
 USAGE = [("", "--no-such-option"), ("", "extra"), ("", "-p")]
@@ -1913,13 +1776,12 @@ def test_a_wrong_option_or_port_exits_with_2(launch, port, options):
     status, stdout, stderr = outcome(launch(*options, PORT=port))
     assert (status, stdout) == (2, "")
     assert stderr.startswith("usage: eventbook.py [-h]")
-    assert "Traceback" not in stderr
     assert ("--port" in stderr.splitlines()[-1]) == bool(port or options[0] == "-p")
     assert (": 'x' is no port from 0 to 65535\n" in stderr) == ("x" in (port, *options))
 
 
 def test_the_highest_port_is_one(launch):
-    assert outcome(launch("-p", "65535", "--version"))[0] == 0
+    assert outcome(launch("-p", "65535", "--version")) == (0, "eventbook 1.0.0\n", "")
 
 
 @posix
@@ -1934,30 +1796,35 @@ def test_a_port_is_free_again_at_once(launch):
         assert outcome(process) == (0, "", "")
 
 
-@each("trouble", ["port", "log", "folder", "host", "odd host", "long host"])
-def test_trouble_at_the_start_is_one_line_and_exit_1(launch, common, trouble):
-    options = {
-        "port": ("--log", "log", "-p", str(common.port)),
-        "log": ("-p", "0", "--log", "."),
-        "folder": ("-p", "0", "--log", os.path.join("none", "log")),
-        "host": ("--log", "log", "-p", "0", "--host", "no.such.host.invalid"),
-        "odd host": ("--log", "log", "-p", "0", "--host", "a..b"),
-        "long host": ("--log", "log", "-p", "0", "--host", "é" * 64),
-    }[trouble]
-    status, stdout, stderr = outcome(launch(*options), timeout=20)
+TROUBLE = {  # options, and what stderr says then
+    "port": (("-p", "{port}"), "cannot listen on 127.0.0.1:{port}; try another --port"),
+    "log": (("--log", "."), "cannot write .; name another file with --log ("),
+    "folder": (
+        ("--log", "no/log"),
+        "cannot write no/log; name another file with --log (",
+    ),
+    "host": (
+        ("--host", "no.such.host.invalid"),
+        "cannot listen on no.such.host.invalid:",
+    ),
+    "odd host": (("--host", "a..b"), "cannot listen on a..b:0; try another --port or"),
+    "long host": (("--host", "é" * 64), "cannot listen on éééé"),
+}
+
+
+@each("options, advice", TROUBLE.values(), ids=TROUBLE)
+def test_trouble_at_the_start_is_one_line_and_exit_1(launch, common, options, advice):
+    options = [option.format(port=common.port) for option in options]
+    process = launch("--log", "log", "-p", "0", *options)
+    status, stdout, stderr = outcome(process, timeout=20)
     assert (status, stdout, stderr.count("\n")) == (1, "", 1)
-    advice = {"log": "cannot write .; name another file with --log ("}
-    host = re.escape(options[-1] if "host" in trouble else "127.0.0.1")
-    listening = rf"cannot listen on {host}:\d+; try another --port or --host \("
-    advice["folder"] = f"cannot write {options[-1]}; name another file with --log ("
-    wanted = re.escape(advice[trouble]) if trouble in advice else listening
-    assert re.match(f"eventbook: {wanted}", stderr)
+    assert stderr.startswith("eventbook: " + advice.format(port=common.port))
 
 
 def test_help_says_what_it_is_and_how_to_use_it(launch):
     status, stdout, stderr = outcome(launch("--help"))
     assert (status, stderr) == (0, "")
-    assert stdout.startswith("eventbook: an event booking backend over HTTP\n\nusage: ")
+    assert "\n\neventbook: an event booking backend over HTTP\n\n" in stdout
     wanted = ["-p", "--port", "--host", "--log", "--version", "--help", "curl -H"]
     assert [word for word in wanted if word not in stdout] == []
     users = "1  ORGANIZER", "2  CUSTOMER", "3  CUSTOMER"
@@ -1969,10 +1836,6 @@ def test_help_says_what_it_is_and_how_to_use_it(launch):
     assert "--host HOST default: 127.0.0.1 --log FILE default: /" in folded
 
 
-def test_version(launch):
-    assert outcome(launch("--version")) == (0, "eventbook 1.0.0\n", "")
-
-
 def test_the_log_is_beside_the_program_by_default(launch, tmp_path):
     """Wherever it is started: here a copy of it alone, from another folder."""
     (tmp_path / "home").mkdir()
@@ -1980,9 +1843,96 @@ def test_the_log_is_beside_the_program_by_default(launch, tmp_path):
     for lines in 1, 2:
         log = tmp_path / "home" / "logs" / "events.log.jsonl"
         site = site_of(launch("-p", "0", program=program), log)
-        site.call("POST", "/api/events", 1, EVENT)
+        site.call(*CREATING)
         site.call(*BOOKING)
         assert len(site.entries()) == lines
+
+
+@linux
+def test_it_keeps_to_one_processor_of_those_it_may_use(program):
+    (kept,) = os.sched_getaffinity(program.process.pid)
+    assert kept in os.sched_getaffinity(0)
+
+
+@posix
+@each("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_ends_it_when_what_has_arrived_is_answered(launch, tmp_path, name):
+    """Whoever reads late is not cut off, the idle are, what is queued is printed, and
+    nothing is left open that Python would warn of."""
+    log = str(tmp_path / "log")
+    strict = ("-X", "dev", "-W", "error")
+    program = site_of(launch("-p", "0", "--log", log, flags=strict))
+    long_list(program, 4001)
+    with program.connect() as late, program.connect() as idle:
+        late.sendall(LIST + BOOK)
+        late.recv(1, socket.MSG_PEEK)
+        program.pause()
+        program.process.send_signal(getattr(signal, name))
+        assert read_to_end(idle) == []
+        with pytest.raises(OSError):
+            program.connect()
+        listed, booked = read_to_end(late)
+        assert (len(json.loads(listed.content)), booked.status) == (4001, 201)
+    printed = "📧 Booking confirmation email sent for booking 1\n"
+    assert outcome(program.process) == (0, printed, "")
+
+
+@posix
+def test_a_hang_up_that_was_ignored_at_the_start_is_ignored(launch):
+    """As under nohup: the terminal may go."""
+    site = site_of(launch("-p", "0", "--log", "log", shell=NOHUP))
+    site.process.send_signal(signal.SIGHUP)
+    site.pause()
+    site.process.terminate()
+    assert outcome(site.process) == (0, "", "")
+
+
+@posix
+def test_a_signal_does_not_wait_long_for_512_clients(program):
+    """Idle ones, some that send half a request, some that take nothing."""
+    long_list(program)
+    with contextlib.ExitStack() as stack:
+        for octets in [b"", CREATE[:-2]] * 250 + [LIST * 80] * 12:
+            stack.enter_context(program.connect()).sendall(octets)
+        program.pause()
+        program.process.terminate()
+        assert outcome(program.process) == (0, "", "")
+
+
+@posix
+def test_a_second_ctrl_c_ends_it_at_once(program):
+    long_list(program)
+    with stuck_client(program), program.connect() as idle:
+        program.pause()
+        program.process.send_signal(signal.SIGINT)
+        assert read_to_end(idle) == []
+        program.process.send_signal(signal.SIGINT)
+        assert program.process.wait(1) != 0
+
+
+CONSOLES = {
+    "closed from the start": {"shell": CLOSED},
+    "broken": {},
+    "unbuffered": {"PYTHONUNBUFFERED": "1"},
+    "without emoji": {"PYTHONIOENCODING": "ascii"},
+}
+
+
+@posix
+@each("console", CONSOLES)
+def test_a_console_of_any_kind_harms_nothing(launch, console):
+    port = free_port()
+    process = launch("-p", port, "--log", "log", **CONSOLES[console])
+    site = Site(int(port))
+    eventually(lambda: not refuses_connections(site))
+    if console == "broken":
+        process.stdout.close()
+    site.call(*CREATING)
+    assert [site.call(*BOOKING).status for _ in "123"] == [201] * 3
+    process.terminate()
+    printed = console in ("unbuffered", "without emoji") and process.stdout.read()
+    assert not printed or " Booking confirmation email sent for booking 3\n" in printed
+    assert (process.wait(5), process.stderr.read()) == (0, "")
 
 
 def refuses_connections(site):
@@ -1993,114 +1943,6 @@ def refuses_connections(site):
 
 
 @posix
-@each("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_it_when_what_has_begun_is_answered(program, name):
-    """Nobody new is let in, the idle are dropped, what is queued is printed."""
-    program.call("POST", "/api/events", 1, EVENT)
-    with program.connect() as idle, program.connect() as half:
-        half.sendall(BOOK[:-2])
-        program.pause()
-        program.process.send_signal(getattr(signal, name))
-        assert read_to_end(idle) == []
-        eventually(lambda: refuses_connections(program))
-        half.sendall(BOOK[-2:])
-        (booked,) = read_to_end(half)
-        assert (booked.status, booked.fields["connection"]) == (201, "close")
-    printed = "📧 Booking confirmation email sent for booking 1\n"
-    assert outcome(program.process) == (0, printed, "")
-
-
-@posix
-def test_sigterm_cuts_no_answer_that_is_being_taken(program):
-    long_list(program, 4001)
-    with program.connect() as client:
-        client.sendall(LIST)
-        client.recv(1, socket.MSG_PEEK)
-        program.pause()
-        program.process.terminate()
-        eventually(lambda: refuses_connections(program))
-        assert len(answer(client).content) == 4001
-    assert outcome(program.process) == (0, "", "")
-
-
-@posix
-def test_sigterm_does_not_wait_long_for_stuck_clients(program):
-    """Neither for one that takes nothing nor for one that sends half a request, and not
-    if it is told again and again."""
-    long_list(program)
-    with stuck_client(program), program.connect() as half:
-        half.sendall(CREATE[:-2])
-        program.pause()
-        eventually(lambda: program.process.terminate() or program.process.poll() == 0)
-        assert outcome(program.process) == (0, "", "")
-
-
-@posix
-def test_a_second_ctrl_c_ends_it_at_once(program):
-    with program.connect() as idle, program.connect() as half:
-        half.sendall(CREATE[:-2])
-        program.pause()
-        program.process.send_signal(signal.SIGINT)
-        assert read_to_end(idle) == []
-        program.process.send_signal(signal.SIGINT)
-        assert program.process.wait(1) != 0
-
-
-@posix
-def test_a_console_of_any_kind_harms_nothing(launch):
-    """Closed from the start (`>&-`), a pipe that breaks, one that knows no emoji."""
-    processes = {}
-    for console in "closed", "broken", "ascii":
-        port, shell = free_port(), ("sh", "-c", 'exec "$@" >&-', "sh")
-        how = {"shell": shell} if console == "closed" else {"PYTHONIOENCODING": "ascii"}
-        process = processes[console] = launch("-p", port, "--log", console, **how)
-        site = Site(int(port))
-        eventually(lambda site=site: not refuses_connections(site))
-        if console == "broken":
-            process.stdout.close()
-        site.call("POST", "/api/events", 1, EVENT)
-        assert [site.call(*BOOKING).status for _ in "123"] == [201] * 3
-        process.terminate()
-    ends = [(one.wait(5), one.stderr.read()) for one in processes.values()]
-    assert ends == [(0, "")] * 3
-    printed = processes["ascii"].stdout.read()
-    assert " Booking confirmation email sent for booking 3\n" in printed
-
-
-def test_a_console_that_takes_nothing_does_not_hold_up_the_end():
-    go_on = threading.Event()
-    notifier = eventbook.Notifier(lambda _: go_on.wait(10))
-    notifier.start()
-    notifier.say("x")
-    notifier.close(0.05)
-    assert notifier.is_alive()
-    assert notifier.daemon  # so the process ends without it
-    go_on.set()
-    notifier.join(5)
-
-
-NEVER_WAITS = """
-import eventbook, os, sys, time
-os.set_blocking(1, False)
-begun, work = time.monotonic(), time.process_time()
-eventbook.console()("x" * 200_000)
-print(time.monotonic() - begun, time.process_time() - work, file=sys.stderr)
-"""
-
-
-@posix
-def test_a_console_that_never_waits_is_waited_for(launch):
-    """The pipe holds a third; who reads it comes later. Little is done meanwhile."""
-    process = launch(NEVER_WAITS, program="-c", PYTHONPATH=HERE)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.4)
-    status, printed, told = outcome(process)
-    seconds, work = map(float, told.split())
-    assert (status, len(printed)) == (0, 200_000)
-    assert (seconds < 1, work < 0.1) == (True, True)
-
-
-@posix
 def test_what_is_queued_in_the_end_is_printed(program):
     """4,000 lines, of which the pipe holds a third, over Ctrl-Z, fg and Ctrl-C."""
     program.call("POST", "/api/events", 1, {**EVENT, "availableTickets": 5000})
@@ -2108,20 +1950,9 @@ def test_what_is_queued_in_the_end_is_printed(program):
     for name in "SIGSTOP", "SIGCONT", "SIGINT":
         program.process.send_signal(getattr(signal, name))
     with pytest.raises(subprocess.TimeoutExpired):
-        program.process.wait(0.5)
+        program.process.wait(0.7)
     status, printed, trouble = outcome(program.process)
     assert (status, printed.count("📧"), trouble) == (0, 4000, "")
-
-
-@linux
-def test_running_out_of_descriptors_makes_room(program):
-    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (32, 32))
-    with contextlib.ExitStack() as stack:
-        for _ in range(60):
-            stack.enter_context(program.connect())
-        assert program.call("GET", "/").status == 200
-    program.process.terminate()
-    assert outcome(program.process) == (0, "", "")
 
 
 # ---- The README --------------------------------------------------------------
@@ -2133,50 +1964,41 @@ def readme():
         return file.read()
 
 
-def session():
-    """[(command, output)] of the curl session that the README shows."""
-    blocks = re.findall(r"^```console\n(.*?)^```", readme(), re.DOTALL | re.MULTILINE)
-    steps = re.split(r"^\$ ", "".join(blocks).replace("\\\n", " "), flags=re.MULTILINE)
-    return [step.partition("\n")[::2] for step in steps if step.startswith("curl")]
-
-
-def masked(output):
-    """The lines of an output without what differs from run to run."""
-    for changing in "(?<=ETag: ).*", "(?<=Date: ).*", '(?<="timestamp":")[^"]*':
-        output = re.sub(changing, "...", output.replace("\r", ""), flags=re.IGNORECASE)
-    return [line.rstrip() for line in output.splitlines() if line.strip()]
+def blocks(kind):
+    """The texts of the README that stand between fences of a kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", readme(), re.DOTALL | re.MULTILINE)
 
 
 @posix
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_the_session_in_the_readme_is_what_happens(program):
-    steps = session()
+    steps = re.findall(
+        r"^\$ (curl .*)\n((?:[^$].*\n)*)", "".join(blocks("console")), re.MULTILINE
+    )
     assert len(steps) >= 5
     for command, shown in steps:
         command = command.replace("localhost:3000", f"127.0.0.1:{program.port}")
         output = subprocess.check_output(["sh", "-c", f"{command} 2>/dev/null"])
-        assert masked(output.decode()) == masked(shown), command
+        assert output.decode() == shown, command
     program.process.terminate()
-    (printed,) = re.findall(r"^```text\n(.*?)^```", readme(), re.DOTALL | re.MULTILINE)
-    assert outcome(program.process) == (0, printed, "")
+    assert outcome(program.process) == (0, *blocks("text"), "")
 
 
 def test_the_routes_in_the_readme_are_the_codes():
-    found = re.findall(r"^\| *`([A-Z]+) (/\S*)` *\|([^|]*)\|", readme(), re.MULTILINE)
-    shown = []
-    for method, path, cell in found:
-        either = re.search("both|either", cell)
-        roles = [role for role in (ORGANIZER, CUSTOMER) if role in cell or either]
-        shown.append((method, path, roles))
-    assert sorted(shown) == sorted((*one[:2], list(one[2])) for one in eventbook.ROUTES)
+    shown = re.findall(
+        r"^\| `([A-Z]+) (\S+)` \| (.*) \| (.*) \|$", readme(), re.MULTILINE
+    )
+    told = [
+        (method, path, ", ".join(roles) or "anyone", does.__doc__)
+        for method, path, roles, does, _ in eventbook.ROUTES
+    ]
+    assert shown == told
 
 
 def test_the_limits_in_the_readme_are_the_codes():
-    limits, server = eventbook, eventbook.Server
-    sizes = limits.LINE_LIMIT, limits.HEADER_LIMIT, limits.CONTENT_LIMIT
-    assert (*sizes, limits.FIELDS_LIMIT) == (8192, 16384, 65536, 100)
-    assert (server.request_time, server.answer_time) == (15, 15)
-    assert (server.linger_time, server.grace_time) == (2, 2)
-    assert server.connection_limit == 512 or os.name != "posix"
-    figures = "8 KiB|16 KiB|64 KiB|100|15 s|2 s|512".split("|")
+    sizes = eventbook.LINE_LIMIT, eventbook.HEADER_LIMIT, eventbook.CONTENT_LIMIT
+    assert sizes == (8192, 16384, 65536)
+    server = eventbook.Server
+    assert (server.patience, server.grace, server.connection_limit) == (16, 2, 512)
+    figures = "8 KiB|16 KiB|64 KiB|16 s|2 s|512".split("|")
     assert [one for one in figures if not re.search(rf"\b{one}\b", readme())] == []
