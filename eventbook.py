@@ -741,7 +741,7 @@ def main():
     host = f"[{host}]" if ":" in host else host
     notifier.say(f"eventbook listens on http://{host}:{server.server_address[1]}")
     notifier.start()
-    server.serve_forever()
+    server.serve_forever(poll_interval=0.1)
     server.server_close()
     notifier.close(timeout=2)
 

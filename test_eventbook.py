@@ -1,16 +1,15 @@
 """The tests of eventbook: its contract, put to a real server on a free port.
 
-    python -m pytest -q                  # all of them, in some 15 seconds
+    python -m pytest -q                  # all of them, in some 20 seconds
     python -m pytest -q -k the_story     # the assignment's nine cases
 
 They speak a small language:
 
-    call("POST", "/api/events", 1, EVENT)    user 1 creates an event, over urllib
-    call("PUT", path, 1, {}, If_Match=tag)   with a header field
-    server.talk(octets)                      the replies to octets, over a bare socket
-    server.entries()                         what the log says
-    server.printed()                         what the console has said
-    launch("-p", "0")                        the program itself, as a subprocess
+    call("PUT", path, 1, body, If_Match=tag)   user 1 updates an event, over urllib
+    server.talk(octets)                        the replies to octets, over a bare socket
+    server.logged()                            the bookings that the log tells of
+    server.printed()                           what the console has said
+    launch("-p", "0")                          the program itself, as a subprocess
 
 and go from the plain to the cruel: the story, roles, validation, retries, lists, the
 oracle, races, framing, cruelty, faults, the command line, the README. Nothing is
@@ -44,28 +43,28 @@ import eventbook
 each = pytest.mark.parametrize
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and descriptors")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux's own calls")
+sys.setswitchinterval(1e-6)  # threads take turns as often as they can: races show
 
 # ---- The language ------------------------------------------------------------
 # A Site is a running server, in a thread or in a process, and the ways to speak to it.
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PROGRAM = os.path.join(HERE, "eventbook.py")
 EVENT = {"title": "Tech Conference 2026", "date": "2026-02-15", "availableTickets": 3}
 DENIED, UNAUTHORIZED = {"error": "Access denied"}, {"error": "Unauthorized"}
 NO_EVENT, NO_BOOKING = {"error": "Event not found"}, {"error": "Booking not found"}
 SOLD_OUT = {"error": "Booking failed: sold out"}
 CREATING = ("POST", "/api/events", 1, EVENT)
+UPDATING, READING = ("PUT", "/api/events/1", 1), ("GET", "/api/events/1", 1)
 BOOKING = ("POST", "/api/events/1/book", 2)
 CANCELLING = ("DELETE", "/api/bookings/1", 2)
-UPDATING, READING = ("PUT", "/api/events/1", 1), ("GET", "/api/events/1", 1)
 
 Reply = namedtuple("Reply", "status content fields")
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Site:
-    def __init__(self, port, log=None, notifier=None, lines=()):
-        self.port, self.log, self.notifier, self.lines = port, log, notifier, lines
+    def __init__(self, port, log=None):
+        self.port, self.log = port, log
 
     def call(self, method, path, user=None, body=None, **fields):
         """The Reply to one request; fields are named like If_Match."""
@@ -98,12 +97,10 @@ class Site:
         """Ask the server once, so that it has most likely read what was sent before."""
         assert self.call("GET", "/").status == 200
 
-    def entries(self):
-        return [json.loads(line) for line in self.log.read_bytes().splitlines()]
-
     def logged(self):
-        """The ids of the bookings that the log tells of, line by line."""
-        return [entry["data"]["id"] for entry in self.entries()]
+        """[("created" or "cancelled", booking)] as the log has them, line by line."""
+        entries = [json.loads(line) for line in self.log.read_bytes().splitlines()]
+        return [(one["event"].partition(".")[2], one["data"]) for one in entries]
 
     def printed(self):
         """All that was printed; nothing is after that."""
@@ -127,15 +124,32 @@ def read_to_end(client):
             fields = {name.lower(): value for name, value in fields}
             content = file.read(int(fields.get("content-length", 0)))
             found.append(Reply(int(line.split()[1]), content, fields))
+            assert found[-1].status == 100 or has_standing_fields(found[-1])
     return found
+
+
+def has_standing_fields(one):
+    """What every answer has, the parser's own refusals included."""
+    assert one.fields["content-type"] == "application/json; charset=utf-8"
+    assert one.fields["cache-control"] == "no-store"
+    assert one.fields["x-content-type-options"] == "nosniff"
+    assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT", one.fields["date"])
+    assert one.content.endswith(b"\n") and "python" not in str(one).lower()
+    return len(one.content) == int(one.fields["content-length"])
+
+
+def short(case):
+    """The id of a case in a table."""
+    return ascii(case)[:60]
 
 
 def statuses(found):
     return [one.status for one in found]
 
 
-def answer(client):
-    """The next Reply on a connection that stays open."""
+def answer(client, octets):
+    """The Reply to octets on a connection that stays open."""
+    client.sendall(octets)
     response = http.client.HTTPResponse(client)
     response.begin()
     return reply(response)
@@ -151,8 +165,7 @@ def request(method, path, *fields, user=None, body=b""):
 
 KEEP, EXPECT = "Connection: keep-alive", "Expect: 100-continue"
 BODY = json.dumps(EVENT).encode()
-GET = request("GET", "/")
-LIST = request("GET", "/api/events", user=2)
+GET, LIST = request("GET", "/"), request("GET", "/api/events", user=2)
 CREATE = request("POST", "/api/events", user=1, body=BODY)
 BOOK = request("POST", "/api/events/1/book", user=2)
 
@@ -166,26 +179,21 @@ def eventually(condition):
 
 
 def together(number, work):
-    """The results of work(0), work(1), ... in so many threads at the same moment, which
-    are switched as often as can be."""
-    barrier, interval = threading.Barrier(number), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(number, initializer=barrier.wait) as pool:
-            return list(pool.map(work, range(number)))
-    finally:
-        sys.setswitchinterval(interval)
+    """The results of work(0), work(1), ... in so many threads at the same moment."""
+    barrier = threading.Barrier(number)
+    with ThreadPoolExecutor(number, initializer=barrier.wait) as pool:
+        return list(pool.map(work, range(number)))
 
 
 @contextlib.contextmanager
-def serving(store, server_class=eventbook.Server, **more):
+def serving(store, log=None, **limits):
     """A Site whose server runs in a thread; no thread is left of it in the end."""
     threads = threading.active_count()
-    server = server_class(("127.0.0.1", 0), store)
+    server = type("Limited", (eventbook.Server,), limits)(("127.0.0.1", 0), store)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
-        site = Site(server.server_address[1], **more)
+        site = Site(server.server_address[1], log)
         site.server = server
         yield site
     finally:
@@ -196,13 +204,13 @@ def serving(store, server_class=eventbook.Server, **more):
 
 
 @contextlib.contextmanager
-def whole_server(log, server_class=eventbook.Server):
+def whole_server(log, **limits):
     """A Site with log and console, as main() puts it together."""
     lines = []
     notifier = eventbook.Notifier(lines.append)
     notifier.start()
-    store = eventbook.open_store(str(log), notifier)
-    with serving(store, server_class, log=log, notifier=notifier, lines=lines) as site:
+    with serving(eventbook.open_store(str(log), notifier), log, **limits) as site:
+        site.notifier, site.lines = notifier, lines
         yield site
     notifier.close(5)
 
@@ -235,7 +243,7 @@ def event(call):
 def common():
     """A server for tables whose rows change nothing: event 1 is sold out, to user 2."""
     with serving(eventbook.Store()) as site:
-        site.call("POST", "/api/events", 1, {**EVENT, "availableTickets": 1})
+        site.call(*CREATING[:3], {**EVENT, "availableTickets": 1})
         site.call(*BOOKING)
         yield site
 
@@ -244,7 +252,7 @@ def common():
 
 
 def test_the_story_of_the_assignment(server, call):
-    assert call("POST", "/api/events", 1, EVENT)[:2] == (201, {"id": 1, **EVENT})
+    assert call(*CREATING)[:2] == (201, {"id": 1, **EVENT})
     assert call("POST", "/api/events", 2)[:2] == (403, DENIED)
     assert call("GET", "/api/events", 2)[:2] == (200, [{"id": 1, **EVENT}])
     for number, customer in (1, 2), (2, 3):
@@ -252,13 +260,12 @@ def test_the_story_of_the_assignment(server, call):
         told = {"message": "Booking successful", "booking": booking}
         assert call("POST", "/api/events/1/book", customer)[:2] == (201, told)
     left = {"id": 1, **EVENT, "availableTickets": 1}
-    told = {"message": "Event updated", "event": left}
-    assert call("PUT", "/api/events/1", 1)[:2] == (200, told)
-    assert call("POST", "/api/events/1/book", 2).status == 201
+    assert call(*UPDATING)[:2] == (200, {"message": "Event updated", "event": left})
+    assert call(*BOOKING).status == 201
     assert call("POST", "/api/events/1/book", 3)[:2] == (400, SOLD_OUT)
     assert call("GET", "/api/events")[:2] == (401, UNAUTHORIZED)
-    assert call("DELETE", "/api/bookings/1", 2).status == 200
-    log = [(entry["event"][8:], entry["data"]["id"]) for entry in server.entries()]
+    assert call(*CANCELLING).status == 200
+    log = [(kind, booking["id"]) for kind, booking in server.logged()]
     assert log == [("created", 1), ("created", 2), ("created", 3), ("cancelled", 1)]
     assert server.printed() == [
         "📧 Booking confirmation email sent for booking 1",
@@ -270,7 +277,7 @@ def test_the_story_of_the_assignment(server, call):
 
 
 def test_a_log_line_is_exactly_as_assigned(server, call, event):
-    call("POST", "/api/events/1/book", 2)
+    call(*BOOKING)
     line = server.log.read_text("utf-8")
     stamp = re.search(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line)[0]
     data = '"data":{"id":1,"eventId":1,"customerId":2}'
@@ -284,7 +291,7 @@ def test_an_event_has_its_keys_in_order_and_no_spaces(server, event):
 
 
 def test_what_is_created_says_where_it_is(call, event):
-    made, booked = call("POST", "/api/events", 1, EVENT), call(*BOOKING)
+    made, booked = call(*CREATING), call(*BOOKING)
     assert made.fields["location"] == "/api/events/2"
     assert call("GET", "/api/events/2", 1).fields["etag"] == made.fields["etag"]
     assert booked.fields["location"] == "/api/bookings/1"
@@ -311,8 +318,7 @@ ROLES = {None: None, 1: ORGANIZER, 2: CUSTOMER, 3: CUSTOMER, 4: None}
 
 @each("user", ROLES)
 @each("method, path, roles", ROUTES)
-def test_roles(common, method, path, roles, user):
-    """Closed to nobody, to strangers and to the other role, and to them alone."""
+def test_a_route_is_closed_to_all_but_its_roles(common, method, path, roles, user):
     status = common.call(method, path.replace(":id", "9"), user, b"!").status
     if not roles or ROLES[user] in roles:
         assert status in (200, 400, 404)
@@ -375,7 +381,7 @@ PATHS = (
 )
 
 
-@each("path", PATHS.split(), ids=lambda path: path[:24])
+@each("path", PATHS.split(), ids=short)
 def test_a_path_that_is_none_is_not_found_by_anybody(common, path):
     assert common.call("GET", path)[:2] == (404, {"error": "Not found"})
 
@@ -402,22 +408,22 @@ def test_a_method_http_does_not_know_is_not_implemented(common, method):
 WRONG = {
     "title": ["", " \t\n", "x" * 201, 5, None, True, ["x"]],
     "availableTickets": [0, -1, 10**9 + 1, True, 3.0, 1e9, "3", None],
-    "date": [None, 20260215, [], "", " 2026-02-15", "2026-02-15\n", "2026-02-15 19:30"]
-    + "2026-02-30 2026-13-01 2026-2-15 20260215 2026-W07-7 0000-01-01".split()
-    + "２０２６-02-15 2026-02-15T 2026-02-15T24:00 2026-02-15T19 2026-02-15T19:60".split()
-    + "2026-02-15T19:30:60 2026-02-15T19:30+25:00 2026-02-15t19:30 2026-046".split()
-    + "15.02.2026 tomorrow 2026-02-15Z 2026-02-15T19:30+0100 2025-02-29".split()
-    + "2026-02-15T19:30:00. 2026-02-15T19:30:00,5 2026-02-15T19:30.5".split()
-    + ["2026-02-15T19:30:00." + "1" * 10],
+    "date": "|2026-02-15\n| 2026-02-15|2026-02-15 19:30|2026-02-30|2026-13-01|2026-2-15"
+    "|20260215|2026-W07-7|0000-01-01|２０２６-02-15|2026-02-15T|2026-02-15T24:00|tomorrow"
+    "|2026-02-15T19|2026-02-15T19:60|2026-02-15T19:30:60|2026-02-15T19:30+25:00|2026-046"
+    "|2026-02-15t19:30|15.02.2026|2026-02-15Z|2026-02-15T19:30+0100|2025-02-29|2026-02"
+    "|2026-02-15T19:30:00.|2026-02-15T19:30:00,5|2026-02-15T19:30.5|2026-02-15T19:30:00."
+    "1234567890".split("|")
+    + [None, 20260215, []],
 }
 
 
 @each("name, value", [(name, value) for name in WRONG for value in WRONG[name]])
 def test_a_wrong_field_is_named(common, name, value):
     """In creating and updating alike, but that an update may set the tickets to 0."""
-    steps = [("POST", "/api/events", 1, {**EVENT, name: value})]
+    steps = [(*CREATING[:3], {**EVENT, name: value})]
     if value != 0 or value is True:
-        steps.append(("PUT", "/api/events/1", 1, {name: value}))
+        steps.append((*UPDATING, {name: value}))
     for step in steps:
         refused = common.call(*step)
         assert (refused.status, refused.content["error"]) == (400, "Validation failed")
@@ -427,30 +433,47 @@ def test_a_wrong_field_is_named(common, name, value):
 RIGHT = {
     "title": ["x", "x" * 200, "🎟️", '"\\/', "\u0001", "<b>"],
     "availableTickets": [1, 10**9],
-    "date": "0001-01-01 9999-12-31 2024-02-29 2026-02-15T19:30".split()
-    + "2026-02-15T00:00Z 2026-02-15T19:30:59 2026-02-15T19:30+05:30".split()
-    + "2026-02-15T19:30:00-11:00 2026-02-15T19:30:00.000Z".split()
-    + "2026-02-15T19:30:00.1 2026-02-15T19:30:00.123456789+01:00".split(),
+    "date": "0001-01-01|9999-12-31|2024-02-29|2026-02-15T19:30|2026-02-15T00:00Z"
+    "|2026-02-15T19:30:59|2026-02-15T19:30+05:30|2026-02-15T19:30:00-11:00"
+    "|2026-02-15T19:30:00.000Z|2026-02-15T19:30:00.123456789+01:00".split("|"),
 }
 
 
 @each("name", RIGHT)
 def test_a_right_field_is_kept_as_it_is(call, event, name):
     for value in RIGHT[name]:
-        made = call("POST", "/api/events", 1, {**EVENT, name: value})
+        made = call(*CREATING[:3], {**EVENT, name: value})
         assert (made.status, made.content[name]) == (201, value)
-        assert call("PUT", "/api/events/1", 1, {name: value}).status == 200
-        assert call("GET", "/api/events/1", 2).content[name] == value
+        assert call(*UPDATING, {name: value}).status == 200
+        assert call(*READING).content[name] == value
 
 
-@each("body", [None, {}, {"title": "", "date": "", "availableTickets": "", "x": 1}])
-def test_every_wrong_field_is_named_at_once(common, body):
-    refused = common.call("POST", "/api/events", 1, body)
-    assert (refused.status, set(refused.content["details"])) == (400, set(EVENT))
+CREATED_BADLY = (*CREATING[:3], {"x": 1})
+UPDATED_BADLY = (*UPDATING, {"availableTickets": -1, "id": 2, "x": 1})
+LISTED_BADLY = ("GET", "/api/events?limit=0&offset=-1&available=", 2)
+ADVICE = [  # what has three bad values, one of them, and what would be right
+    (CREATED_BADLY, "title", "text of 1 to 200 characters, not blank"),
+    (CREATED_BADLY, "date", "a real date, like 2026-02-15 or 2026-02-15T19:30"),
+    (CREATED_BADLY, "availableTickets", "an integer from 1 to 1,000,000,000"),
+    (UPDATED_BADLY, "availableTickets", "an integer from 0 to 1,000,000,000"),
+    (UPDATED_BADLY, "id", "the id in the path"),
+    (UPDATED_BADLY, "x", "no field of this name is known"),
+    (LISTED_BADLY, "limit", "an integer from 1 to 1,000"),
+    (LISTED_BADLY, "offset", "an integer from 0 to inf"),
+    (LISTED_BADLY, "available", "true or false"),
+]
+
+
+@each("step, name, words", ADVICE)
+def test_each_bad_value_is_named_with_what_would_be_right(common, step, name, words):
+    refused = common.call(*step)
+    assert (refused.status, refused.content["error"]) == (400, "Validation failed")
+    assert refused.content["details"][name] == words
+    assert len(refused.content["details"]) == 3
 
 
 def test_creating_ignores_unknown_fields(call):
-    made = call("POST", "/api/events", 1, {**EVENT, "id": 7, "colour": "red"})
+    made = call(*CREATING[:3], {**EVENT, "id": 7, "colour": "red"})
     assert made[:2] == (201, {"id": 1, **EVENT})
 
 
@@ -465,76 +488,61 @@ def test_updating_refuses_unknown_fields(common, name):
 
 @each("change", [{"title": "New"}, {"date": "2027-01-01"}, {"availableTickets": 0}])
 def test_an_update_changes_only_what_it_names(call, event, change):
-    changed = call("PUT", "/api/events/1", 1, change).content["event"]
-    assert call("GET", "/api/events/1", 2).content == changed == {**event, **change}
+    changed = call(*UPDATING, change).content["event"]
+    assert call(*READING).content == changed == {**event, **change}
     assert call(*BOOKING).status == (201 if changed["availableTickets"] else 400)
 
 
 @each("body", [None, {}])
 def test_an_update_of_nothing_still_notifies(server, call, event, body):
     """In order of the first live booking, each customer with one once."""
-    call("POST", "/api/events", 1, EVENT)
+    call(*CREATING)
     for number, customer in (1, 2), (1, 3), (2, 2):
         call("POST", f"/api/events/{number}/book", customer)
     call(*CANCELLING)
-    call("PUT", "/api/events/1", 1, body)
+    call(*UPDATING, body)
     for _ in "12":
         call(*BOOKING)
-    updated = call("PUT", "/api/events/1", 1, body)
-    assert updated.content["event"] == {**event, "availableTickets": 0}
+    assert call(*UPDATING, body).content["event"] == {**event, "availableTickets": 0}
     told = [line.split()[-1] for line in server.printed() if line.startswith("🔔")]
     assert told == ["3", "3", "2"]
 
 
 def test_cancelling_twice_frees_one_ticket(call, event):
-    call(*BOOKING)
-    booking = {"id": 1, "eventId": 1, "customerId": 2}
+    booking = call(*BOOKING).content["booking"]
     told = {"message": "Booking cancelled", "booking": booking}
     assert call(*CANCELLING)[:2] == (200, told)
     assert call(*CANCELLING)[:2] == (404, NO_BOOKING)
     assert call("GET", "/api/bookings/1", 2)[:2] == (404, NO_BOOKING)
-    assert call("GET", "/api/events/1", 2).content == event
+    assert call(*READING).content == event
     assert call(*BOOKING).content["booking"]["id"] == 2
 
 
-UNREADABLE = "not in UTF-8, nested too deep, or a number out of range"
-HOSTILE = {
-    "invalid UTF-8": (b'{"title":"\xff"}', UNREADABLE),
-    "overlong UTF-8": (b'{"title":"\xc0\xaf"}', UNREADABLE),
-    "UTF-8 surrogate": (b'{"title":"\xed\xa0\x80"}', UNREADABLE),
-    "UTF-16": (BODY.decode().encode("utf-16"), UNREADABLE),
-    "UTF-32": (BODY.decode().encode("utf-32-le"), "Expecting property name"),
-    "NaN": (b'{"availableTickets":NaN}', UNREADABLE),
-    "Infinity": (b'{"availableTickets":Infinity}', UNREADABLE),
-    "minus Infinity": (b'{"x":[{"y":-Infinity}]}', UNREADABLE),
-    "1e400": (b'{"x":1e400}', UNREADABLE),
-    "lone surrogate": (b'{"title":"\\ud800"}', UNREADABLE),
-    "lone surrogate in a key": (b'{"\\udfff":1}', UNREADABLE),
-    "deep array": (b"[" * 30_000 + b"]" * 30_000, UNREADABLE),
-    "deep object": (b'{"x":' * 10_000 + b"1" + b"}" * 10_000, UNREADABLE),
-    "deep and open": (b"[" * 65_536, UNREADABLE),
-    "5,000 digits": (b'{"availableTickets":' + b"9" * 5000 + b"}", ""),
-    "array": (b"[" + BODY + b"]", "an object is wanted"),
-    "text": (b'"x"', "an object is wanted"),
-    "number": (b"1", "an object is wanted"),
-    "null": (b"null", "an object is wanted"),
-    "blank": (b" \r\n", "Expecting value"),
-    "cut": (BODY[:-1], ""),
-    "garbage behind": (BODY + b"x", "Extra data"),
-    "single quotes": (b"{'title':'x'}", "Expecting property name"),
-    "trailing comma": (b'{"title":"x",}', ""),
-    "control character": (b'{"title":"\n"}', "Invalid control character"),
-    "form": (b"title=x&date=2026-02-15&availableTickets=3", "Expecting value"),
-    "NUL": (b"\0", "Expecting value"),
-    "mark inside": (b'{\xef\xbb\xbf"title":"x"}', "Expecting property name"),
+HOSTILE = {  # what is wrong, and contents of which this is true
+    "not in UTF-8, nested too deep, or a number out of range": [
+        *[b'{"title":"\xff"}', b'{"title":"\xc0\xaf"}', b'{"title":"\xed\xa0\x80"}'],
+        *[b'{"title":"\\ud800"}', b'{"\\udfff":1}', BODY.decode().encode("utf-16")],
+        *[b'{"availableTickets":NaN}', b'{"x":[{"y":-Infinity}]}', b'{"x":1e400}'],
+        *[b"[" * 30_000 + b"]" * 30_000, b"[" * 65_536],
+        b'{"x":' * 10_000 + b"1" + b"}" * 10_000,
+    ],
+    "an object is wanted": [b"[" + BODY + b"]", b'"x"', b"1", b"null"],
+    "Expecting value": [b" \r\n", b"\0", b"title=x&date=2026-02-15"],
+    "Expecting property name": [b"{'title':'x'}", b'{\xef\xbb\xbf"title":"x"}', b"{\0"],
+    "Extra data": [BODY + b"x", BODY + BODY],
+    "Invalid control character": [b'{"title":"\n"}'],
+    "": [BODY[:-1], b'{"title":"x",}', b'{"x":' + b"9" * 5000 + b"}"],
 }
 
 
-@each("body, problem", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_body_is_a_bad_request(common, body, problem):
+BODIES = [(problem, body) for problem in HOSTILE for body in HOSTILE[problem]]
+
+
+@each("problem, body", BODIES, ids=short)
+def test_a_hostile_body_is_a_bad_request(common, problem, body):
     """In words for a client: none of Python's codecs, none of its advice."""
-    for method, path in ("POST", "/api/events"), ("PUT", "/api/events/1"):
-        refused = common.call(method, path, 1, body)
+    for step in CREATING[:3], UPDATING:
+        refused = common.call(*step, body)
         assert refused.status == 400
         assert refused.content["error"].startswith(f"Invalid JSON: {problem}")
         assert not re.search("codec|utf-8-sig|sys[.]", refused.content["error"])
@@ -543,57 +551,20 @@ def test_a_hostile_body_is_a_bad_request(common, body, problem):
 def test_a_byte_order_mark_is_ignored(call, event):
     """RFC 8259, section 8.1: editors and PowerShell write one."""
     marked = "\ufeff".encode() + BODY
-    assert call("POST", "/api/events", 1, marked)[:2] == (201, {"id": 2, **EVENT})
+    assert call(*CREATING[:3], marked)[:2] == (201, {"id": 2, **EVENT})
     for body in marked, "\ufeff".encode():
         assert call(*UPDATING, body).content["event"] == event
 
 
-def test_of_a_field_that_comes_twice_the_last_one_counts(call):
-    twice = b'{"title":1,' + BODY[1:]
-    assert call("POST", "/api/events", 1, twice).content == {"id": 1, **EVENT}
-
-
 def test_the_content_type_does_not_matter(call):
     for kind in "text/plain", "application/x-www-form-urlencoded", "":
-        assert call("POST", "/api/events", 1, EVENT, Content_Type=kind).status == 201
+        assert call(*CREATING, Content_Type=kind).status == 201
 
 
 def test_booking_and_cancelling_ignore_a_body(call, event):
     for number, body in enumerate([None, b"!", b"[1]", b"\xff" * 60_000], start=1):
         assert call(*BOOKING, body).status == 201
         assert call("DELETE", f"/api/bookings/{number}", 2, body).status == 200
-
-
-WORDS = {
-    "title": "text of 1 to 200 characters, not blank",
-    "date": "a real date, like 2026-02-15 or 2026-02-15T19:30",
-    "availableTickets": "an integer from 1 to 1,000,000,000",
-}
-ADVICE = [  # each bad value is named with what would be right
-    (("POST", "/api/events", 1), WORDS),
-    (
-        ("PUT", "/api/events/1", 1, {"availableTickets": -1, "id": 2, "x": 1}),
-        {
-            "availableTickets": "an integer from 0 to 1,000,000,000",
-            "id": "the id in the path",
-            "x": "no field of this name is known",
-        },
-    ),
-    (
-        ("GET", "/api/events?limit=0&offset=-1&available=", 2),
-        {
-            "limit": "an integer from 1 to 1,000",
-            "offset": "an integer from 0 to inf",
-            "available": "true or false",
-        },
-    ),
-]
-
-
-@each("step, details", ADVICE)
-def test_each_bad_value_is_named_with_what_would_be_right(common, step, details):
-    refused = common.call(*step)
-    assert refused.content == {"error": "Validation failed", "details": details}
 
 
 # ---- Retries and preconditions -----------------------------------------------
@@ -606,8 +577,8 @@ def test_a_retry_with_a_key_acts_once(server, call, event):
     assert call(*BOOKING, Idempotency_Key="~" * 255)[:2] == first[:2]
     call(*CANCELLING)
     assert call(*BOOKING, Idempotency_Key="~" * 255)[:2] == first[:2]
-    assert call("GET", "/api/events/1", 2).content == event
-    assert [entry["data"]["id"] for entry in server.entries()] == [1, 1]
+    assert call(*READING).content == event
+    assert [kind for kind, _ in server.logged()] == ["created", "cancelled"]
     assert len(server.printed()) == 1
 
 
@@ -622,7 +593,7 @@ def test_a_key_is_for_one_event_and_one_customer(call, event):
 def test_a_refused_booking_leaves_its_key_free(call, event):
     """And one that was made keeps it, though nothing is left."""
     for tickets, status in (0, 400), (1, 201), (0, 201):
-        call("PUT", "/api/events/1", 1, {"availableTickets": tickets})
+        call(*UPDATING, {"availableTickets": tickets})
         assert call(*BOOKING, Idempotency_Key="k").status == status
 
 
@@ -630,34 +601,28 @@ def test_a_refused_booking_leaves_its_key_free(call, event):
 def test_a_key_is_1_to_255_visible_characters(common, key):
     refused = common.call(*BOOKING, Idempotency_Key=key)
     details = {"Idempotency-Key": "1 to 255 visible characters"}
-    wanted = {"error": "Validation failed", "details": details}
-    assert refused[:2] == (400, wanted)
+    assert refused.content == {"error": "Validation failed", "details": details}
 
 
-def test_the_newest_ten_thousand_keys_are_remembered(server, call):
-    """All are sent on one connection, then the second and the first once more."""
-    call("POST", "/api/events", 1, {**EVENT, "availableTickets": 20_000})
-    path, keys = "/api/events/1/book", [*range(10_001), 1, 0]
-    asked = [request("POST", path, f"Idempotency-Key: {key}", user=2) for key in keys]
-    found = server.talk(b"".join(asked[:-2])) + server.talk(b"".join(asked[-2:]))
-    ids = [json.loads(one.content)["booking"]["id"] for one in found]
-    assert ids == [*range(1, 10_002), 2, 10_002]
+def test_the_newest_ten_thousand_keys_are_remembered():
+    """Asked of the store itself; then the second and the first once more."""
+    store = eventbook.Store()
+    store.create(eventbook.Request("", {}, BODY, None, 1))
+    store.update(eventbook.Request("", {}, b'{"availableTickets":20000}', 1, 1))
+    asked = [{"idempotency-key": str(key)} for key in [*range(10_001), 1, 0]]
+    made = [store.book(eventbook.Request("", key, b"", 1, 2)) for key in asked]
+    assert [booking.id for booking in made] == [*range(1, 10_002), 2, 10_002]
 
 
-CHANGES = [
-    (*UPDATING, {"title": "New"}),
-    (*UPDATING, {"availableTickets": 9}),
-    BOOKING,
-    CANCELLING,
-    (*UPDATING, EVENT),
-]
+NOTHING_LEFT, AS_IT_WAS = (*UPDATING, {"availableTickets": 0}), (*UPDATING, EVENT)
+RENAMING = (*UPDATING, {"title": "New"})
 
 
 def test_the_etag_changes_with_the_event_and_never_comes_back(call, event):
     """Though the event does, and not in another run either; else it stays."""
     with serving(eventbook.Store()) as another:
         tags = [another.call(*CREATING).fields["etag"]]
-    for change in CHANGES:
+    for change in RENAMING, BOOKING, CANCELLING, NOTHING_LEFT, AS_IT_WAS:
         tags.append(call(*READING).fields["etag"])
         call(*CREATING)
         assert call(*UPDATING, {}).fields["etag"] == tags[-1]
@@ -667,46 +632,35 @@ def test_the_etag_changes_with_the_event_and_never_comes_back(call, event):
     assert all(re.fullmatch(r'"[0-9a-f]{12}-\d+"', tag) for tag in tags)
 
 
-PRECONDITIONS = [  # what a field says, T being the current tag; for PUT, for GET
-    ("If-Match", "T", 200, 200),
-    ("If-Match", "*", 200, 200),
-    ("If-Match", '"old", T', 200, 200),
-    ("If-Match", '"old"', 412, 412),
-    ("If-Match", '"old", W/"older"', 412, 412),
-    ("If-Match", "W/T", 412, 412),
-    ("If-Match", '"*"', 412, 412),
-    ("If-Match", "x", 412, 412),
-    ("If-Match", "", 412, 412),
-    ("If-None-Match", "T", 412, 304),
-    ("If-None-Match", "*", 412, 304),
-    ("If-None-Match", '"old",T', 412, 304),
-    ("If-None-Match", 'W/"old", W/T', 412, 304),
-    ("If-None-Match", '"old"', 200, 200),
-    ("If-None-Match", '"*"', 200, 200),
-    ("If-None-Match", "x", 200, 200),
-    ("If-None-Match", "", 200, 200),
+PRECONDITIONS = [  # T is the current tag; what a PUT is answered, and what a GET
+    ("If-Match", ["T", "*", '"old", T'], 200, 200),
+    ("If-Match", ['"old"', '"old", W/"older"', "W/T", '"*"', "x", ""], 412, 412),
+    ("If-None-Match", ["T", "*", '"old",T', 'W/"old", W/T'], 412, 304),
+    ("If-None-Match", ['"old"', '"*"', "x", ""], 200, 200),
 ]
 
 
-@each("name, value, put, got", PRECONDITIONS)
-def test_preconditions(server, call, event, name, value, put, got):
-    """RFC 9110, section 13. A refusal names the current tag and changes nothing."""
-    tag = call(*READING).fields["etag"]
-    field = f"{name}: {value.replace('T', tag)}"
-    for method, status in ("GET", got), ("HEAD", got), ("PUT", put):
-        body = b'{"title":"New"}' * (method == "PUT")
-        (found,) = server.talk(request(method, READING[1], field, user=1, body=body))
-        assert found.status == status
-        assert (found.fields["etag"] == tag) == (method != "PUT" or put == 412)
-        assert ("content-length" in found.fields) == (status != 304)
-    assert call(*READING).content["title"] == ("New" if put == 200 else EVENT["title"])
-    assert len(server.printed()) == 0
+@each("name, values, put, got", PRECONDITIONS)
+def test_preconditions(server, call, event, name, values, put, got):
+    """RFC 9110, section 13. A refusal names the current tag; nothing happens then."""
+    call(*BOOKING)
+    for number, value in enumerate(values):
+        read, title = call(*READING), str(number)
+        field = {name.replace("-", "_"): value.replace("T", read.fields["etag"])}
+        for step, status in (READING, got), (("HEAD", *READING[1:]), got):
+            found = call(*step, **field)
+            assert (found.status, found.fields["etag"]) == (status, read.fields["etag"])
+            assert ("content-length" in found.fields) == (status != 304)
+        found, now = call(*UPDATING, {"title": title}, **field), call(*READING)
+        assert (found.status, found.fields["etag"]) == (put, now.fields["etag"])
+        assert now.content["title"] == (title if put == 200 else EVENT["title"])
+    assert len(server.printed()) == 1 + len(values) * (put == 200)
 
 
 def test_an_event_that_was_read_can_be_edited_and_put_back(call, event):
-    read = call("GET", "/api/events/1", 1)
+    read = call(*READING)
     edited = {**read.content, "title": "New"}
-    put = call("PUT", "/api/events/1", 1, edited, If_Match=read.fields["etag"])
+    put = call(*UPDATING, edited, If_Match=read.fields["etag"])
     assert put.content["event"] == edited
 
 
@@ -717,7 +671,7 @@ def test_an_event_that_was_read_can_be_edited_and_put_back(call, event):
 def shelf(call):
     """Events 1 to 5, the even ones sold out: bookings 1 and 2 by customers 2 and 3."""
     for _ in range(5):
-        call("POST", "/api/events", 1, {**EVENT, "availableTickets": 1})
+        call(*CREATING[:3], {**EVENT, "availableTickets": 1})
     call("POST", "/api/events/2/book", 2)
     call("POST", "/api/events/4/book", 3)
 
@@ -750,7 +704,7 @@ BAD_PAGES = (
 BAD_AVAILABLE = "available= available=1 available=True".split()
 
 
-@each("query", [*BAD_PAGES.split(), *BAD_AVAILABLE], ids=lambda query: query[:16])
+@each("query", [*BAD_PAGES.split(), *BAD_AVAILABLE], ids=short)
 def test_a_bad_page_is_refused_by_every_list(common, query):
     lists = ("/api/events", 2), ("/api/events/1/bookings", 1), ("/api/bookings", 2)
     for path, user in lists[:1] if query in BAD_AVAILABLE else lists:
@@ -783,12 +737,10 @@ def test_head_is_get_without_content(common, path, roles):
 @each("fields", ["X: y", "Content-Length: 99999", f"{EXPECT}\r\nContent-Length: 9"])
 def test_head_that_is_refused_has_no_content_either(common, fields):
     """Or it would be taken for the next answer."""
-    for front in b"", b"\r\n":
-        with common.connect() as client, client.makefile("rb") as file:
-            octets = request("HEAD", "/nowhere", "Connection: close", fields)
-            client.sendall(front + octets)
-            client.shutdown(socket.SHUT_WR)
-            assert file.read().endswith(b"\r\n\r\n")
+    with common.connect() as client, client.makefile("rb") as file:
+        client.sendall(b"\r\n" + request("HEAD", "/x", "Connection: close", fields))
+        client.shutdown(socket.SHUT_WR)
+        assert file.read().endswith(b"\r\n\r\n")
 
 
 # ---- The oracle --------------------------------------------------------------
@@ -802,22 +754,22 @@ class Model:
         self.events, self.bookings, self.last = {}, {}, 0
 
     def create(self, _, user, body):
-        event = {"id": len(self.events) + 1, **body}
-        self.events[event["id"]] = event
-        return (201, event) if user == 1 else self.events.popitem() and (403, DENIED)
+        id = len(self.events) + 1
+        self.events[id] = {"id": id, **body}
+        return 201, self.events[id]
 
     def update(self, id, user, body):
-        if user != 1 or id not in self.events:
-            return (403, DENIED) if user != 1 else (404, NO_EVENT)
+        if id not in self.events:
+            return 404, NO_EVENT
         self.events[id].update(body)
         return 200, {"message": "Event updated", "event": self.events[id]}
 
-    def list(self, _, user, __):
-        return (403, DENIED) if user == 1 else (200, list(self.events.values()))
+    def list(self, _, user, body):
+        return 200, list(self.events.values())
 
-    def book(self, id, user, _):
-        if user == 1 or id not in self.events:
-            return (403, DENIED) if user == 1 else (404, NO_EVENT)
+    def book(self, id, user, body):
+        if id not in self.events:
+            return 404, NO_EVENT
         if not self.events[id]["availableTickets"]:
             return 400, SOLD_OUT
         self.events[id]["availableTickets"] -= 1
@@ -826,9 +778,9 @@ class Model:
         self.bookings[self.last] = booking
         return 201, {"message": "Booking successful", "booking": booking}
 
-    def cancel(self, id, user, _):
-        if user == 1 or id not in self.bookings:
-            return (403, DENIED) if user == 1 else (404, NO_BOOKING)
+    def cancel(self, id, user, body):
+        if id not in self.bookings:
+            return 404, NO_BOOKING
         if self.bookings[id]["customerId"] != user:
             return 403, DENIED
         booking = self.bookings.pop(id)
@@ -836,48 +788,33 @@ class Model:
         return 200, {"message": "Booking cancelled", "booking": booking}
 
 
-VERBS = {  # method, path, share of a history
-    "create": ("POST", "/api/events", 1),
-    "update": ("PUT", "/api/events/{}", 1),
-    "list": ("GET", "/api/events", 1),
-    "book": ("POST", "/api/events/{}/book", 8),
-    "cancel": ("DELETE", "/api/bookings/{}", 6),
+VERBS = {  # method, path, who does it
+    "create": ("POST", "/api/events", [1]),
+    "update": ("PUT", "/api/events/{}", [1]),
+    "list": ("GET", "/api/events", [2, 3]),
+    "book": ("POST", "/api/events/{}/book", [2, 3]),
+    "cancel": ("DELETE", "/api/bookings/{}", [2, 3]),
 }
+SHARES = [1, 1, 1, 8, 6]
 
 
-def random_step(chance, model):
-    """(verb, id, user, body), half of the time such that it is let through."""
-    (verb,) = chance.choices(list(VERBS), [share for _, _, share in VERBS.values()])
-    writes = verb in ("create", "update")
-    user = chance.choice([1] * 18 + [2] if writes else [2, 3] * 9 + [1])
-    last = model.last if verb == "cancel" else len(model.events)
-    body = {"title": str(chance.random())} if writes else None
-    if verb == "create":
-        body.update(date="2026-02-15", availableTickets=chance.randint(1, 9))
+def random_step(chance, last_event, last_booking):
+    """(verb, id, user, body) that has a fair chance to be let through."""
+    (verb,) = chance.choices(list(VERBS), SHARES)
+    last = last_booking if verb == "cancel" else last_event
+    user, title = chance.choice(VERBS[verb][2]), {"title": str(chance.random())}
+    body = {"create": {**EVENT, **title}, "update": title}.get(verb)
     return verb, chance.randint(max(0, last - 9), last + 1), user, body
 
 
-def live_bookings(entries):
-    """The bookings that a log leaves, by id."""
-    live = {}
-    for entry in entries:
-        if entry["event"] == "booking.created":
-            live[entry["data"]["id"]] = entry["data"]
-        else:
-            assert live.pop(entry["data"]["id"]) == entry["data"]
-    return live
-
-
-@each("seed", range(4))
+@each("seed", range(3))
 def test_a_random_history_is_answered_as_the_model_says(server, call, seed):
-    """Each answer is the model's; the log replays to exactly the live bookings."""
     chance, model = random.Random(seed), Model()
     for _ in range(300):
-        verb, id, user, body = random_step(chance, model)
+        verb, id, user, body = random_step(chance, len(model.events), model.last)
         method, path, _ = VERBS[verb]
         status, content, _ = call(method, path.format(id), user, body)
         assert (status, content) == getattr(model, verb)(id, user, body)
-    assert live_bookings(server.entries()) == model.bookings
     own = [one for user in (2, 3) for one in call("GET", "/api/bookings", user).content]
     assert {one["id"]: one for one in own} == model.bookings
 
@@ -886,42 +823,33 @@ def test_a_random_history_is_answered_as_the_model_says(server, call, seed):
 # Many clients over real connections. With the store's lock taken away they all fail.
 
 
-@each("seed", range(3))
-def test_a_random_history_of_many_clients_is_one_that_the_model_can_have(
-    server, call, seed
-):
-    """The log says in which order; replayed in that order, the model makes the same
-    bookings, and ends with the same events. What was confirmed is what was logged."""
+@each("seed", range(2))
+def test_a_history_of_many_clients_is_one_that_the_model_can_have(server, call, seed):
+    """The log says in which order: replayed so, the model makes the same bookings and
+    ends with the same events. What was confirmed is what was logged."""
     model, confirmed = Model(), []
     for tickets in 3, 5, 8:
-        model.create(
-            0, 1, call(*CREATING[:3], {**EVENT, "availableTickets": tickets}).content
-        )
+        body = {**EVENT, "availableTickets": tickets}
+        model.create(None, 1, {**body, **call(*CREATING[:3], body).content})
 
     def act(number):
         chance = random.Random(f"{seed} {number}")
-        for _ in range(40):
-            user, event, booking = (
-                2 + number % 2,
-                chance.randint(1, 3),
-                chance.randint(1, 60),
-            )
+        for _ in range(30):
+            user, event = 2 + number % 2, chance.randint(1, 3)
             booked = call("POST", f"/api/events/{event}/book", user)
-            cancelled = call("DELETE", f"/api/bookings/{booking}", user)
+            cancelled = call("DELETE", f"/api/bookings/{chance.randint(1, 60)}", user)
             done = [one for one in (booked, cancelled) if one.status < 300]
             confirmed.extend(one.content["booking"] for one in done)
 
     together(12, act)
-    for entry in server.entries():
-        id, event, user = entry["data"].values()
-        verb = "book" if entry["event"] == "booking.created" else "cancel"
-        status, told = getattr(model, verb)(event if verb == "book" else id, user, None)
-        assert (status < 300, told.get("booking")) == (True, entry["data"])
+    for kind, booking in server.logged():
+        id, event, user = booking.values()
+        step = (event, "book") if kind == "created" else (id, "cancel")
+        status, told = getattr(model, step[1])(step[0], user, None)
+        assert (status < 300, told.get("booking")) == (True, booking)
     assert list(model.events.values()) == call("GET", "/api/events", 2).content
-    by_id = [sorted(one.values()) for one in confirmed]
-    assert sorted(by_id) == sorted(
-        sorted(one["data"].values()) for one in server.entries()
-    )
+    logged = [booking for _, booking in server.logged()]
+    assert sorted(map(str, confirmed)) == sorted(map(str, logged))
 
 
 def test_64_threads_get_exactly_the_200_tickets_there_are(server, call, event):
@@ -929,12 +857,13 @@ def test_64_threads_get_exactly_the_200_tickets_there_are(server, call, event):
     call(*UPDATING, {"availableTickets": 200})
 
     def book(number):
-        path, user = "/api/events/1/book", 2 + number % 2
-        booked = iter(lambda: call("POST", path, user)[:2], (400, SOLD_OUT))
-        return [content["booking"]["id"] for status, content in booked]
+        step = ("POST", "/api/events/1/book", 2 + number % 2)
+        booked = iter(lambda: call(*step)[:2], (400, SOLD_OUT))
+        return [content["booking"]["id"] for _, content in booked]
 
     made = [booking for mine in together(64, book) for booking in mine]
-    assert sorted(made) == server.logged() == list(range(1, 201))
+    logged = [booking["id"] for _, booking in server.logged()]
+    assert sorted(made) == logged == list(range(1, 201))
     assert call(*READING).content["availableTickets"] == 0
     assert len(server.printed()) == 200
 
@@ -943,20 +872,19 @@ def test_of_many_who_cancel_a_booking_one_does(server, call, event):
     """And frees one ticket, of which there is one line."""
     for number in range(1, 9):
         assert call(*BOOKING).status == 201
-        path = f"/api/bookings/{number}"
-        made = together(8, lambda _, path=path: call("DELETE", path, 2).status)
+        step = ("DELETE", f"/api/bookings/{number}", 2)
+        made = together(8, lambda _, step=step: call(*step).status)
         assert sorted(made) == [200] + [404] * 7
     assert call(*READING).content == event
-    assert server.logged() == [number for number in range(1, 9) for _ in "12"]
+    assert [kind for kind, _ in server.logged()] == ["created", "cancelled"] * 8
 
 
 def test_many_with_one_key_make_one_booking(server, call, event):
     for key, left in ("a", 2), ("b", 1), ("c", 0):
         made = together(16, lambda _, key=key: call(*BOOKING, Idempotency_Key=key)[:2])
-        assert made[0][0] == 201
-        assert made == [made[0]] * 16
+        assert made == [(201, made[0][1])] * 16
         assert call(*READING).content["availableTickets"] == left
-    assert server.logged() == [1, 2, 3]
+    assert [booking["id"] for _, booking in server.logged()] == [1, 2, 3]
     assert len(server.printed()) == 3
 
 
@@ -967,21 +895,6 @@ def test_of_many_with_one_etag_one_updates(call, event):
     made.sort(key=lambda one: one.status)
     assert statuses(made) == [200] + [412] * 31
     assert call(*READING).content == made[0].content["event"]
-
-
-def test_no_update_is_lost(call, event):
-    """Eight count up in the title: they read, add one and put it back with If-Match."""
-    call(*UPDATING, {"title": "0"})
-
-    def count(_):
-        status = 412
-        while status == 412:
-            read = call(*READING)
-            body = {"title": str(int(read.content["title"]) + 1)}
-            status = call(*UPDATING, body, If_Match=read.fields["etag"]).status
-
-    together(8, count)
-    assert call(*READING).content["title"] == "8"
 
 
 # ---- Framing -----------------------------------------------------------------
@@ -1028,15 +941,9 @@ CODINGS = {  # Transfer-Encoding, and what comes behind it
     411: "chunked|Chunked|identity|gzip|chunked, gzip|gzip, chunked|x| |chunked;q=1|,",
 }
 OCTETS = {  # these and nothing else
-    b"GET / HTTP/1.1\nHost: a\n\n": 400,
-    b"GET / HTTP/1.1\r\nHost: a\n\r\n": 400,
-    b"GET / HTTP/1.1\r\nHost: a\r\n\n": 400,
-    b"GET / HTTP/1.1\rHost: a\r\r\n\n": 400,
-    b"GET / HTTP/1.1\r\nHost: a\xff\r\n\r\n": 400,
-    b"\r\n\r\n" + GET: 400,
-    bytes(range(256)): 400,
-    b"\0" * 100 + b"\n": 400,
-    b"\n" * 100: 400,
+    400: "GET / HTTP/1.1\nHost: a\n\n|GET / HTTP/1.1\r\nHost: a\n\r\n|\r\n\r\nGET / HTTP/1.1"
+    "\r\nHost: a\r\n\r\n|GET / HTTP/1.1\r\nHost: a\r\n\n|GET / HTTP/1.1\rHost: a\r\r\n\n"
+    "|GET / HTTP/1.1\r\nHost: \xff\r\n\r\n|" + "\0" * 100 + "\n|" + "\n" * 100,
 }
 
 
@@ -1054,71 +961,67 @@ MALFORMED = {
     **rows(LENGTHS, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: ...\r\n\r\n{}"),
     **rows(CODINGS, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: ...\r\n\r\n{}"),
     **rows(CODINGS, "POST / HTTP/1.0\r\nTransfer-Encoding: ...\r\n\r\n{}"),
-    **OCTETS,
+    **rows(OCTETS, "..."),
 }
 
 
-def check_standing_fields(one):
-    """Every answer with content has them, the parser's own refusals included."""
-    assert one.fields["content-type"] == "application/json; charset=utf-8"
-    assert one.fields["cache-control"] == "no-store"
-    assert one.fields["x-content-type-options"] == "nosniff"
-    assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT", one.fields["date"])
-    assert len(one.content) == int(one.fields["content-length"])
-    assert one.content.endswith(b"\n")
-    assert "python" not in str(one).lower()
-
-
-@each("octets, status", MALFORMED.items(), ids=lambda case: ascii(case)[2:62])
-def test_a_malformed_request_is_refused_and_its_connection_closed(
-    common, octets, status
-):
-    assert len(MALFORMED) > 250
+@each("octets, status", MALFORMED.items(), ids=short)
+def test_a_malformed_request_is_refused_and_closed(common, octets, status):
     for before, behind in (b"", b""), (GET, b""), (b"", GET):
         *answered, refused = common.talk(before + octets + behind, half_close=False)
         assert statuses(answered) == [200] * bool(before)
         assert (refused.status, refused.fields["connection"]) == (status, "close")
-        assert json.loads(refused.content)["error"]
-        check_standing_fields(refused)
+
+
+SAID = {  # what a refusal tells a person
+    b"GET /\r\n\r\n": "Malformed request line",
+    b"GET / HTTP/2.0\r\n\r\n": "HTTP/1.0 and HTTP/1.1 are spoken here",
+    b"GET / HTTP/1.1\r\n\r\n": "Exactly one valid Host is needed",
+    b"GET /" + b"x" * 8192: "Request line too long",
+    b"x" * 70_000 + b"\n": "Request-URI Too Long|URI Too Long",
+    request("GET", "a"): "Invalid request target",
+    request("GET", "/", " X: 1"): "Malformed field line, or cut short",
+    request("GET", "/", "X: " + "x" * 16384): "Header too large",
+    request("GET", "/", "Content-Length: x"): "Invalid Content-Length",
+    request("GET", "/", "Content-Length: 65537"): "Content too large",
+    request("GET", "/", "Content-Length: 9"): "Content cut short",
+    request("GET", "/", "Transfer-Encoding: x"): "No Transfer-Encoding is taken",
+    request("BREW", "/"): "Not Implemented",
+    request("PUT", UPDATING[1], "If-Match: x", user=1): "Event has changed",
+    request("PUT", UPDATING[1], "If-None-Match: *", user=1): "Event has not changed",
+}
+
+
+@each("octets, text", SAID.items(), ids=short)
+def test_a_refusal_says_what_is_wrong(common, octets, text):
+    (refused,) = common.talk(octets)
+    assert re.fullmatch(text, json.loads(refused.content)["error"])
 
 
 def of_size(line, header):
     """A request whose request line and field lines have so many octets."""
-    line = "GET /?" + "x" * (line - len("GET /? HTTP/1.1")) + " HTTP/1.1\r\n"
-    return (
-        f"{line}Host: a\r\nX: {'x' * (header - len('Host: a..X: ..'))}\r\n\r\n".encode()
-    )
+    field = "X: " + "x" * (header - len("Host: a\r\nX: \r\n"))
+    return request("GET", "/?" + "x" * (line - len("GET /? HTTP/1.1")), field)
 
 
+HOSTS_TAKEN = " \t a \t | [::1]:3000| localhost:3000|a:|A-b.c~%20:65535".split("|")
+TARGETS = "http://a/ HTTP://A:80/ https://a?x /?a=b?c/d&%zz http://[::1]:80"
 CONVERSATIONS = {  # what is answered to these and a GET behind
     (200, 200): [
-        b"\r\n" + GET,
-        b"GET / HTTP/1.1\r\nHost:a\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHOST: \t a \t \r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: [::1]:3000\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: localhost:3000\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: a\r\nX: \xe4\r\n\r\n",
-        request("GET", "http://a/"),
-        request("GET", "HTTP://A:80/"),
-        request("GET", "https://a?x"),
-        request("GET", "/?a=b?c/d&%zz"),
+        *[b"\r\n" + GET, b"GET / HTTP/1.1\r\nHost:a\r\nX: \xe4\r\n\r\n"],
+        *[f"GET / HTTP/1.1\r\nHOST:{host}\r\n\r\n".encode() for host in HOSTS_TAKEN],
+        *[request("GET", target) for target in TARGETS.split()],
         request("GET", "/", "X:", "X: a\tb", "!#$%&'*+-.^_`|~09azAZ: 1"),
         request("GET", "/", "Content-Length: 0000000002") + b"xx",
-        request("GET", "/", body=GET),
         request("GET", "/", KEEP, 'Connection: TE, closed, "close"'),
-        request("GET", "/", "Connection:"),
-        request("GET", "/", *["X: 1"] * 2000),
-        of_size(8192, 99),
-        of_size(99, 16384),
-        of_size(8192, 16384),
-        request("GET", "/", body=b" " * 65536),
+        request("GET", "/", "Connection:", *["X: 1"] * 2000),
+        *[of_size(8192, 99), of_size(99, 16384), of_size(8192, 16384)],
+        *[request("GET", "/", body=body) for body in (GET, b" " * 65536)],
     ],
     (200,): [
-        b"GET / HTTP/1.0\r\n\r\n",
+        *[b"GET / HTTP/1.0\r\n\r\n", request("GET", "/", KEEP, "Connection: close")],
         b"GET / HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\n\r\n",
-        request("GET", "/", "Connection: close"),
         request("GET", "/", "Connection: x ,\tClose ,"),
-        request("GET", "/", KEEP, "Connection: close"),
         request("GET", "/", "Connection: close", KEEP),
     ],
     (400, 200): [request("POST", "/api/events", user=1, body=GET)],
@@ -1131,51 +1034,18 @@ CONVERSATIONS = {  # what is answered to these and a GET behind
     (414,): [of_size(8193, 99)],
     (431,): [of_size(99, 16385)],
 }
-SAID = {  # what a refusal tells a person
-    b"GET /\r\n\r\n": "Malformed request line",
-    of_size(8193, 99): "Request line too long",
-    b"x" * 70_000 + b"\n": "Request-URI Too Long|URI Too Long",
-    of_size(99, 16385): "Header too large",
-    b"GET / HTTP/2.0\r\n\r\n": "HTTP/1.0 and HTTP/1.1 are spoken here",
-    b"GET / HTTP/1.1\r\n\r\n": "Exactly one valid Host is needed",
-    request("GET", "/", " X: 1"): "Malformed field line, or cut short",
-    request("GET", "a"): "Invalid request target",
-    request("GET", "/", "Content-Length: x"): "Invalid Content-Length",
-    request("GET", "/", "Content-Length: 65537"): "Content too large",
-    request("GET", "/", "Content-Length: 9"): "Content cut short",
-    request("GET", "/", "Transfer-Encoding: x"): "No Transfer-Encoding is taken",
-    request("BREW", "/"): "Not Implemented",
-    request("PUT", "/"): "Method not allowed",
-    request("PUT", "/api/events/1", "If-Match: x", user=1): "Event has changed",
-    request(
-        "PUT", "/api/events/1", "If-None-Match: *", user=1
-    ): "Event has not changed",
-}
+ROWS = [(octets, wanted) for wanted, row in CONVERSATIONS.items() for octets in row]
 
 
-@each("octets, text", SAID.items(), ids=lambda case: ascii(case)[2:62])
-def test_a_refusal_says_what_is_wrong(common, octets, text):
-    (refused,) = common.talk(octets)
-    assert re.fullmatch(text, json.loads(refused.content)["error"])
-
-
-ALL = [
-    (octets, expected)
-    for expected in CONVERSATIONS
-    for octets in CONVERSATIONS[expected]
-]
-
-
-@each("octets, expected", ALL, ids=lambda case: ascii(case)[:60])
-def test_a_conversation_goes_on_or_is_closed(common, octets, expected):
+@each("octets, wanted", ROWS, ids=short)
+def test_a_conversation_goes_on_or_is_closed(common, octets, wanted):
     """An answer that keeps the connection says for how long, less a second."""
-    found = common.talk(octets + GET, half_close=len(expected) == 2)
-    assert statuses(found) == list(expected)
+    closes = len(wanted) == 1
+    found = common.talk(octets + GET, half_close=not closes)
+    assert statuses(found) == list(wanted)
     for one in found:
-        closes = len(expected) == 1
         assert one.fields.get("connection") == ("close" if closes else None)
         assert one.fields.get("keep-alive") == (None if closes else "timeout=15")
-        check_standing_fields(one)
 
 
 EXPECTING = EXPECT, f"Content-Length: {len(BODY)}"
@@ -1190,7 +1060,7 @@ NOT_INVITED = [
 
 
 def test_who_expects_100_is_told_to_continue_but_not_in_http_1_0(server):
-    assert statuses(server.talk(INVITED, BODY)) == [100, 201]
+    assert statuses(server.talk(INVITED, BODY + INVITED, BODY)) == [100, 201] * 2
     assert statuses(server.talk(INVITED.replace(b"1.1", b"1.0", 1), BODY)) == [201]
 
 
@@ -1200,34 +1070,18 @@ def test_who_would_be_refused_is_not_told_to_continue(common, status, head):
 
 
 def test_nothing_a_client_sent_is_echoed_unescaped(common):
-    body = {'"\r\nSet-Cookie: x\x1b<script>': 1}
-    octets = request("PUT", "/api/events/1", user=1, body=json.dumps(body).encode())
-    (refused,) = common.talk(octets)
+    body = json.dumps({'"\r\nSet-Cookie: x\x1b<script>': 1}).encode()
+    (refused,) = common.talk(request("PUT", "/api/events/1", user=1, body=body))
     assert (refused.status, "set-cookie" in refused.fields) == (400, False)
-    assert json.loads(refused.content)["details"].keys() == body.keys()
     assert not re.search(b"[\r\x1b]|\n.", refused.content)
 
 
-def test_each_request_on_a_connection_may_wait_to_be_asked(server):
-    octets = request("POST", "/api/events", EXPECT, user=1, body=BODY)
-    with server.connect() as client:
-        for number in 1, 2:
-            client.sendall(octets[: -len(BODY)])
-            assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
-            client.sendall(BODY)
-            assert answer(client).content["id"] == number
-
-
 # ---- Cruelty -----------------------------------------------------------------
-SPLIT = {
-    "create": (201, CREATE),
-    "list": (200, LIST),
-    "refused": (401, request("POST", "/api/events", body=b"{}")),
-    "malformed": (400, request("GET", "/", "X : 1")),
-}
+
+SPLIT = [(201, CREATE), (200, LIST), (401, CREATE.replace(b"user-id", b"X"))]
 
 
-@each("status, octets", SPLIT.values(), ids=SPLIT)
+@each("status, octets", [*SPLIT, (400, request("GET", "/", "X : 1"))], ids=short)
 def test_a_request_split_anywhere_is_answered_the_same(server, status, octets):
     for at in range(1, len(octets)):
         assert statuses(server.talk(octets[:at], octets[at:])) == [status], at
@@ -1238,85 +1092,39 @@ def test_a_request_may_come_octet_by_octet(server):
     assert statuses(found) == [201]
 
 
-def test_pipelined_requests_are_answered_in_order(server):
-    paths = [f"/api/events/{number}" for number in range(1, 51)]
-    reads = [request("GET", path, user=2) for path in paths]
-    found = server.talk(CREATE * 50 + b"".join(reads))
-    assert statuses(found) == [201] * 50 + [200] * 50
-    assert [json.loads(one.content)["id"] for one in found] == [*range(1, 51)] * 2
-
-
-def test_a_second_answer_does_not_wait_for_the_first_to_be_acknowledged(common):
-    """Nagle's algorithm would hold it back for 40 ms."""
-    begun = time.monotonic()
-    with common.connect() as client:
-        for _ in range(50):
-            client.sendall(GET + GET)
-            found = b""
-            while found.count(b"HTTP/1.1 200 OK") < 2:
-                found += client.recv(99_999)
-    assert time.monotonic() - begun < 1
-
-
 def test_a_request_cut_anywhere_is_never_acted_on(server, call, event):
     for octets in CREATE, BOOK:
         for at in range(len(octets)):
             assert statuses(server.talk(octets[:at])) in ([], [400]), at
     assert call("GET", "/api/events", 2).content == [event]
-    assert server.entries() == []
 
 
-def mutated(chance, octets):
-    """A valid request with up to three wounds."""
-    octets = bytearray(octets)
-    for _ in range(chance.randint(1, 3)):
-        at = chance.randrange(len(octets))
-        octet = bytes([chance.randrange(256)])
-        wound = chance.choice([b"", octet, octet, b"\r\n", b" ", b"9:"])
-        octets[at : at + chance.choice([0, 1, 1, 9])] = wound
-    return bytes(octets)
+def test_pipelined_requests_are_answered_in_order(server):
+    reads = [request("GET", f"/api/events/{id}", user=2) for id in range(1, 51)]
+    found = server.talk(CREATE * 50 + b"".join(reads))
+    assert statuses(found) == [201] * 50 + [200] * 50
+    assert [json.loads(one.content)["id"] for one in found] == [*range(1, 51)] * 2
 
 
-@each("seed", range(3))
-def test_mutations_are_answered_or_dropped_but_never_a_defect(server, call, seed):
-    """No 5xx but 501 and 505, no hang, and the server lives on."""
-    chance = random.Random(seed)
-    put = request("PUT", "/api/events/1", 'If-Match: "x", *', user=1, body=b'{"id":1}')
-    keyed = request("POST", "/api/events/1/book", "Idempotency-Key: k", user=3)
-    for _ in range(100):
-        octets = mutated(chance, chance.choice([CREATE, LIST, BOOK, put, keyed]))
-        for found in server.talk(octets):
-            assert found.status < 500 or found.status in (501, 505), octets
-    assert call("GET", "/api/events", 2).status == 200
-
-
-def long_list(site, events=300):
+def long_list(site):
     """Put so much on sale that sockets' buffers do not hold eighty lists of it."""
     body = json.dumps({**EVENT, "title": "\x01" * 200}).encode()
-    site.talk(request("POST", "/api/events", user=1, body=body) * events)
+    site.talk(request("POST", "/api/events", user=1, body=body) * 300)
 
 
 @contextlib.contextmanager
-def stuck_client(site):
+def stuck_client(site, octets=LIST * 80):
     """A client that asks for 30 MB, sees them begin, and reads nothing of it."""
     with site.connect() as client:
-        client.sendall(LIST * 80)
+        client.sendall(octets)
         client.recv(1, socket.MSG_PEEK)
         yield client
 
 
-STATES = {
-    "idle": b"",
-    "half a head": CREATE[:20],
-    "half a body": CREATE[:-9],
-    "just asked": LIST,
-    "refused": b"\0\n",
-    "refused with more to come": b"\0\n" * 50_000,
-    "not reading": LIST * 80,
-}
+STATES = [b"", CREATE[:20], CREATE[:-9], LIST, LIST * 80, b"\0\n", b"\0\n" * 50_000]
 
 
-@each("octets", STATES.values(), ids=STATES)
+@each("octets", STATES, ids=short)
 def test_a_client_that_vanishes_leaves_nothing_behind(server, call, octets):
     """Ten reset their connections; none is open after that, and all threads are free."""
     long_list(server)
@@ -1327,17 +1135,12 @@ def test_a_client_that_vanishes_leaves_nothing_behind(server, call, octets):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
     eventually(lambda: not server.server.deadlines)
-    assert call("GET", "/api/events", 2).status == 200
-
-
-class Hasty(eventbook.Server):
-    patience = 0.3
 
 
 @pytest.fixture
 def hasty(tmp_path):
     """A server whose patience is short."""
-    with whole_server(tmp_path / "log", Hasty) as site:
+    with whole_server(tmp_path / "log", patience=0.3) as site:
         yield site
 
 
@@ -1346,25 +1149,18 @@ def test_a_client_that_never_reads_is_closed_and_holds_up_nobody(hasty):
     with stuck_client(hasty) as client:
         assert hasty.call("GET", "/api/events", 2).status == 200
         eventually(lambda: not hasty.server.deadlines)
-        with contextlib.suppress(ConnectionResetError):
-            assert len(read_to_end(client)) < 80
-
-
-def test_a_client_that_reads_late_gets_all_of_it(server):
-    long_list(server)
-    with stuck_client(server) as client:
-        client.shutdown(socket.SHUT_WR)
-        assert statuses(read_to_end(client)) == [200] * 80
+        with contextlib.suppress(ConnectionResetError), client.makefile("rb") as file:
+            assert file.read().count(b"HTTP/1.1 200 OK") < 80
 
 
 @each("octets", [CREATE * 9, b"\0\n"], ids=["asking", "refused"])
 def test_a_client_that_drips_is_closed_at_the_deadline(hasty, octets):
     """However regularly octets come, the whole request has one deadline."""
-    begun = time.monotonic()
+    end = time.monotonic() + 3
     with hasty.connect() as client, pytest.raises(OSError):
         client.settimeout(0.01)
         for octet in itertools.cycle(octets):
-            assert time.monotonic() - begun < 3
+            assert time.monotonic() < end
             client.sendall(bytes([octet]))
             with contextlib.suppress(socket.timeout):
                 client.recv(99_999)
@@ -1384,21 +1180,10 @@ def test_an_idle_client_is_closed(hasty, octets, expected):
 def test_a_request_that_takes_long_is_no_idle_client():
     """Its client waits for the server, not the server for its client."""
     store, pause = eventbook.Store(), threading.Event()
-    store.on("event.updated", lambda *_: pause.wait(1))
-    with serving(store, Hasty) as site:
+    store.on("event.updated", lambda *_: pause.wait(0.5))
+    with serving(store, patience=0.2) as site:
         site.call(*CREATING)
         assert site.call(*UPDATING).status == 200
-
-
-class Small(eventbook.Server):
-    connection_limit = 2
-
-
-@pytest.fixture
-def small(tmp_path):
-    """A server with room for two."""
-    with whole_server(tmp_path / "log", Small) as site:
-        yield site
 
 
 def test_each_open_connection_has_a_thread(server):
@@ -1410,17 +1195,21 @@ def test_each_open_connection_has_a_thread(server):
         assert threading.active_count() - before >= 40
 
 
-def test_the_longest_idle_makes_room(small):
+@pytest.fixture
+def small(tmp_path):
+    """A server with room for two."""
+    with whole_server(tmp_path / "log", connection_limit=2) as site:
+        yield site
+
+
+def test_who_has_waited_longest_makes_room(small):
     """The first to come has spoken since; so it is the second that is closed."""
     with small.connect() as first, small.connect() as second:
         for client in first, second, first:
-            client.sendall(GET)
-            assert answer(client).status == 200
+            assert answer(client, GET).status == 200
         with small.connect() as third:
             assert second.recv(1) == b""
-            for client in third, first:
-                client.sendall(GET)
-                assert answer(client).status == 200
+            assert statuses(answer(one, GET) for one in (third, first)) == [200, 200]
 
 
 def test_slow_clients_shut_nobody_out(small):
@@ -1429,22 +1218,7 @@ def test_slow_clients_shut_nobody_out(small):
         for _ in range(100):
             stack.enter_context(small.connect()).sendall(CREATE[:20])
         for _ in range(10):
-            assert small.call("GET", "/").status == 200
-
-
-def test_who_is_at_work_makes_no_room():
-    """Both that fill the server wait for an answer: it is the newcomer that goes."""
-    store, busy, go_on = eventbook.Store(), [], threading.Event()
-    store.on("event.updated", lambda *_: busy.append(1) or go_on.wait(10))
-    store.lock = contextlib.nullcontext()
-    with serving(store, Small) as site, site.connect() as one, site.connect() as two:
-        store.create(eventbook.Request("", {}, BODY, None, 1))
-        for client in one, two:
-            client.sendall(request("PUT", "/api/events/1", user=1))
-        eventually(lambda: len(busy) == 2)
-        assert site.talk(GET, half_close=False) == []
-        go_on.set()
-        assert [answer(client).status for client in (one, two)] == [200, 200]
+            small.pause()
 
 
 @each("octets", [request("GET", "/", "X : 1"), request("BREW", "/"), b"\n"])
@@ -1454,60 +1228,28 @@ def test_a_refusal_can_be_read_by_a_client_that_still_sends(server, octets):
     assert refused.status in (400, 501)
 
 
-def test_a_refused_client_may_take_its_time(server):
-    with server.connect() as client:
-        client.sendall(b"\0\n")
-        for _ in range(50):
-            server.pause()
-            client.sendall(b"x")
-        client.shutdown(socket.SHUT_WR)
-        assert statuses(read_to_end(client)) == [400]
-
-
 # ---- Faults ------------------------------------------------------------------
 
-DEFECTS = [
-    ("booking.created", BOOKING),
-    ("event.updated", ("PUT", "/api/events/1", 1, {"title": "New"})),
-    ("booking.cancelled", CANCELLING),
-]
+DEFECTS = {"booking.created": BOOKING, "booking.cancelled": CANCELLING}
+DEFECTS["event.updated"] = RENAMING
 
 
-@each("name, step", DEFECTS)
+@each("name, step", DEFECTS.items())
 def test_a_defect_of_ours_changes_nothing(capsys, name, step):
     """It is a 500 for the client, a traceback for stderr; nobody else is told of it."""
-    faulty, told, store = [], [], eventbook.Store()
+    faulty, told, store = [True], [], eventbook.Store()
     with serving(store) as site:
-        for change in ("POST", "/api/events", 1, EVENT), BOOKING:
+        for change in CREATING, BOOKING:
             site.call(*change)
-        store.on(name, lambda *_: faulty and 1 / 0)
-        store.on(name, lambda *_: told.append(name))
-        views = "/api/events/1", "/api/events/1/bookings"
-        before = [site.call("GET", view, 1).content for view in views]
-        faulty.append(True)
+        store.on(name, lambda *_: faulty and 1 / 0, lambda *_: told.append(name))
+        views = READING, ("GET", "/api/events/1/bookings", 1)
+        before = [site.call(*view).content for view in views]
         assert site.call(*step)[:2] == (500, {"error": "Internal server error"})
-        assert [site.call("GET", view, 1).content for view in views] == before
+        assert [site.call(*view).content for view in views] == before
         eventually(lambda: not site.server.deadlines)
         assert (told, capsys.readouterr().err.count("ZeroDivisionError")) == ([], 1)
         faulty.clear()
         assert (site.call(*step).status < 300, told) == (True, [name])
-
-
-class Exhausted(eventbook.Server):
-    """Has no descriptor for the first three connections."""
-
-    lacking = 3
-
-    def get_request(self):
-        self.lacking -= 1
-        if self.lacking >= 0:
-            raise OSError("Too many open files")
-        return super().get_request()
-
-
-def test_out_of_descriptors_it_goes_on():
-    with serving(eventbook.Store(), Exhausted) as site:
-        assert site.call("GET", "/").status == 200
 
 
 @posix
@@ -1516,8 +1258,7 @@ def test_what_has_arrived_when_it_is_stopped_is_answered():
     with contextlib.ExitStack() as stack:
         with serving(eventbook.Store()) as site:
             idle = stack.enter_context(site.connect())
-            idle.sendall(GET)
-            assert answer(idle).status == 200
+            assert answer(idle, GET).status == 200
             site.server.shutdown()
             clients = [stack.enter_context(site.connect()) for _ in range(99)]
             for client in clients:
@@ -1527,33 +1268,6 @@ def test_what_has_arrived_when_it_is_stopped_is_answered():
             assert statuses(read_to_end(client)) == [200] * 3
 
 
-class Short(eventbook.Server):
-    grace = 0.1
-
-
-def test_stuck_clients_do_not_hold_up_the_end(tmp_path):
-    with contextlib.ExitStack() as stack:
-        with whole_server(tmp_path / "log", Short) as site:
-            long_list(site)
-            for _ in range(9):
-                stack.enter_context(stuck_client(site))
-                stack.enter_context(site.connect()).sendall(CREATE[:-2])
-            stopped = time.monotonic()
-        assert time.monotonic() - stopped < 2
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_what_cannot_be_logged_does_not_happen():
-    with whole_server("/dev/full") as site:
-        event = site.call(*CREATING).content
-        refused = site.call(*BOOKING, Idempotency_Key="k")
-        assert refused[:2] == (503, {"error": "The log cannot be written"})
-        assert int(refused.fields["retry-after"]) > 0
-        assert site.call(*READING).content == event
-        assert site.call("GET", "/api/bookings", 2).content == []
-        assert site.printed() == []
-
-
 @linux
 def test_a_full_disk_leaves_whole_lines_until_there_is_room_again(program):
     """The limit cuts the third line in the middle, and a cancelling too."""
@@ -1561,21 +1275,20 @@ def test_a_full_disk_leaves_whole_lines_until_there_is_room_again(program):
 
     program.call(*CREATING)
     assert [program.call(*BOOKING).status for _ in "12"] == [201, 201]
-    held = program.log.read_bytes()
-    for limit, status in (len(held) + 40, 503), (resource.RLIM_INFINITY, 201):
-        limits = limit, resource.RLIM_INFINITY
-        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, limits)
-        left = program.call(*READING).content["availableTickets"]
-        assert (left, program.log.read_bytes()) == (1, held)
+    held, endless = program.log.read_bytes(), resource.RLIM_INFINITY
+    for limit, status in (len(held) + 40, 503), (endless, 201):
+        limits = resource.RLIMIT_FSIZE, (limit, endless)
+        resource.prlimit(program.process.pid, *limits)
+        assert program.log.read_bytes() == held
         assert program.call(*BOOKING).status == status
         assert program.call(*CANCELLING).status == (503 if status == 503 else 200)
-    assert program.logged() == [1, 2, 3, 1]
+    assert [booking["id"] for _, booking in program.logged()] == [1, 2, 3, 1]
 
 
 @posix
 def test_kill_9_loses_no_confirmed_booking(program):
     """Eight book until the process is gone; what they were told of is in the log."""
-    program.call("POST", "/api/events", 1, {**EVENT, "availableTickets": 10**6})
+    program.call(*CREATING[:3], {**EVENT, "availableTickets": 10**6})
     confirmed = []
 
     def book(_):
@@ -1597,88 +1310,51 @@ def test_a_half_line_is_ended_and_whole_ones_are_kept(tmp_path, held):
     (tmp_path / "log").write_bytes(held)
     for _ in "12":
         with whole_server(tmp_path / "log") as site:
-            assert site.call("POST", "/api/events", 1, EVENT).content["id"] == 1
+            assert site.call(*CREATING).content["id"] == 1
             assert site.call(*BOOKING).content["booking"]["id"] == 1
     *kept, first, second, rest = site.log.read_bytes().split(b"\n")
-    assert kept == held.splitlines()
+    assert (kept, rest) == (held.splitlines(), b"")
     assert json.loads(first)["data"] == json.loads(second)["data"]
-    assert rest == b""
 
 
-MOVES = {
-    "renamed": lambda log: log.rename(f"{log}.1"),
-    "removed": os.remove,
-    "replaced": lambda log: (
-        shutil.copy(log, f"{log}.1") and os.replace(f"{log}.1", log)
-    ),
-    "truncated": lambda log: os.truncate(log, 0),
-    "cut in a line": lambda log: os.truncate(log, log.stat().st_size - 5),
-    "appended to": lambda log: log.open("a").write("x"),
+MOVES = {  # what is done to the log, and how many lines are left of what it held
+    "renamed": (lambda log: log.rename(f"{log}.1"), 0),
+    "removed": (os.remove, 0),
+    "truncated": (lambda log: os.truncate(log, 0), 0),
+    "cut in a line": (lambda log: os.truncate(log, log.stat().st_size - 5), 1),
+    "appended to": (lambda log: log.open("a").write("x"), 2),
 }
-LEFT = {"replaced": 1, "cut in a line": 1, "appended to": 2}
 
 
-@each("move", MOVES)
-def test_the_log_is_at_its_path(server, call, event, move):
+@each("move, lines", MOVES.values(), ids=MOVES)
+def test_the_log_is_at_its_path(server, call, event, move, lines):
     """Whatever is done to the file, the next line is there, and a line of its own."""
     call(*BOOKING)
-    MOVES[move](server.log)
+    move(server.log)
     assert [call(*BOOKING).status for _ in "12"] == [201, 201]
     *left, second, third, rest = server.log.read_bytes().split(b"\n")
     assert [json.loads(line)["data"]["id"] for line in (second, third)] == [2, 3]
-    assert (len(left), rest) == (LEFT.get(move, 0), b"")
+    assert (len(left), rest) == (lines, b"")
 
 
-def test_without_its_folder_the_log_takes_nothing(tmp_path):
+def test_without_its_folder_nothing_happens(tmp_path):
     (tmp_path / "logs").mkdir()
     with whole_server(tmp_path / "logs" / "log") as site:
         event = site.call(*CREATING).content
         shutil.rmtree(tmp_path / "logs")
-        assert site.call(*BOOKING).status == 503
+        refused = site.call(*BOOKING, Idempotency_Key="k")
+        assert refused[:2] == (503, {"error": "The log cannot be written"})
+        assert int(refused.fields["retry-after"]) > 0
         assert site.call(*READING).content == event
+        assert site.call("GET", "/api/bookings", 2).content == site.printed() == []
         (tmp_path / "logs").mkdir()
-        assert site.call(*BOOKING).status == 201
-        assert site.logged() == [1]
-
-
-@each("trouble", [OSError, ValueError, None])
-def test_a_console_that_fails_or_hangs_harms_no_request(tmp_path, trouble):
-    go_on = threading.Event()
-
-    def write(_):
-        go_on.wait(10)
-        if trouble:
-            raise trouble
-
-    notifier = eventbook.Notifier(write)
-    notifier.start()
-    with serving(eventbook.open_store(str(tmp_path / "log"), notifier)) as site:
-        site.call(*CREATING)
-        assert [site.call(*BOOKING).status for _ in "123"] == [201] * 3
-    notifier.close(0.05)
-    assert notifier.is_alive()
-    assert notifier.daemon  # so the process can end without it
-    go_on.set()
-    notifier.join(5)
-
-
-def test_the_notifier_writes_whole_lines_in_order_and_does_not_wait_for_more():
-    written, lines = [], [f"{number}\n" for number in range(1000)]
-    notifier = eventbook.Notifier(written.append)
-    notifier.start()
-    for line in lines:
-        notifier.say(line[:-1])
-    eventually(lambda: "".join(written) == "".join(lines))
-    notifier.close(5)
-    assert all(text.endswith("\n") for text in written if text)
+        assert site.call(*BOOKING, Idempotency_Key="k").status == 201
 
 
 # ---- The command line --------------------------------------------------------
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PORT"}
-ENVIRONMENT.update(PYTHONDONTWRITEBYTECODE="1", PYTHONIOENCODING="utf-8")
-CLOSED = ("sh", "-c", 'exec "$@" >&-', "sh")  # without a stdout
-NOHUP = ("sh", "-c", 'trap "" HUP; exec "$@"', "sh")
+PROGRAM = os.path.join(HERE, "eventbook.py")
+ENVIRONMENT = {**os.environ, "PORT": "", "PYTHONIOENCODING": "utf-8"}
 
 
 @pytest.fixture
@@ -1718,38 +1394,13 @@ def outcome(process, timeout=5):
     return process.returncode, stdout, stderr
 
 
-HOSTS_SHOWN = {
-    "127.0.0.1": "localhost",
-    "": "localhost",
-    "127.0.0.10": "127.0.0.10",
-    "0.0.0.0": "0.0.0.0",
-    "::1": "[::1]",
-}
-
-
-@each("host, shown", HOSTS_SHOWN.items())
+@each("host, shown", [("", "localhost"), ("0.0.0.0", "0.0.0.0"), ("::1", "[::1]")])
 def test_the_start_line_holds_the_real_url(launch, host, shown):
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
-        try:
-            free.bind((host, 0))
-        except OSError:
-            pytest.skip(f"{host} is not to be had here")
-    process = launch("--host", host, "--port", "0", "--log", "log")
-    line = process.stdout.readline()
+    line = launch("--host", host, "-p", "0", "--log", "log").stdout.readline()
+    if not line and host == "::1":
+        pytest.skip("no IPv6 here")
     found = re.fullmatch(r"eventbook listens on (http://(\S*):\d+)\n", line)
-    assert found[2] == shown
-    assert opener.open(found[1], timeout=5).status == 200
-
-
-def test_only_notifications_follow_the_start_line(program):
-    for step in CREATING, BOOKING, UPDATING, ("GET", "/nowhere"):
-        program.call(*step)
-    program.talk(b"\0")
-    lines = [program.process.stdout.readline() for _ in "12"]
-    assert lines[0] == "📧 Booking confirmation email sent for booking 1\n"
-    assert lines[1] == "🔔 Event update notification sent to customer 2\n"
-    program.process.kill()
-    assert program.process.communicate() == ("", "")
+    assert (found[2], opener.open(found[1], timeout=5).status) == (shown, 200)
 
 
 def free_port():
@@ -1758,82 +1409,62 @@ def free_port():
         return str(free.getsockname()[1])
 
 
-def test_the_option_wins_over_port(launch):
-    """So much that a wrong PORT does not matter then."""
-    port = free_port()
-    assert str(site_of(launch("--log", "log", PORT=port)).port) == port
-    for other in port, "x":
-        assert str(site_of(launch("-p", "0", "--log", "log", PORT=other)).port) != port
-
-
-USAGE = [("", "--no-such-option"), ("", "extra"), ("", "-p")]
-USAGE += [("", "-p", port) for port in "x -1 65536 ٣ 1_0".split()]
-USAGE += [("x",), ("65536",), ("3000 ",)]
-
-
-@each("port, options", [(port, options) for port, *options in USAGE])
-def test_a_wrong_option_or_port_exits_with_2(launch, port, options):
-    status, stdout, stderr = outcome(launch(*options, PORT=port))
-    assert (status, stdout) == (2, "")
-    assert stderr.startswith("usage: eventbook.py [-h]")
-    assert ("--port" in stderr.splitlines()[-1]) == bool(port or options[0] == "-p")
-    assert (": 'x' is no port from 0 to 65535\n" in stderr) == ("x" in (port, *options))
-
-
-def test_the_highest_port_is_one(launch):
-    assert outcome(launch("-p", "65535", "--version")) == (0, "eventbook 1.0.0\n", "")
-
-
 @posix
-def test_a_port_is_free_again_at_once(launch):
+def test_port_is_where_it_listens_and_free_again_at_once(launch):
     """Although a connection that the server closed first lingers in TIME_WAIT."""
     port = free_port()
     for _ in "12":
-        process = launch("-p", port, "--log", "log")
-        site = site_of(process)
+        site = site_of(launch("--log", "log", PORT=port))
+        assert site.port == int(port)
         site.talk(request("GET", "/", "Connection: close"), half_close=False)
-        process.terminate()
-        assert outcome(process) == (0, "", "")
+        site.process.terminate()
+        assert outcome(site.process) == (0, "", "")
 
 
-TROUBLE = {  # options, and what stderr says then
-    "port": (("-p", "{port}"), "cannot listen on 127.0.0.1:{port}; try another --port"),
-    "log": (("--log", "."), "cannot write .; name another file with --log ("),
-    "folder": (
-        ("--log", "no/log"),
-        "cannot write no/log; name another file with --log (",
-    ),
-    "host": (
-        ("--host", "no.such.host.invalid"),
-        "cannot listen on no.such.host.invalid:",
-    ),
-    "odd host": (("--host", "a..b"), "cannot listen on a..b:0; try another --port or"),
-    "long host": (("--host", "é" * 64), "cannot listen on éééé"),
-}
+@each("port", [free_port(), "x"])
+def test_the_option_wins_over_port(launch, port):
+    """So much that a wrong PORT does not matter then."""
+    assert site_of(launch("-p", "0", "--log", "log", PORT=port)).port != port
 
 
-@each("options, advice", TROUBLE.values(), ids=TROUBLE)
-def test_trouble_at_the_start_is_one_line_and_exit_1(launch, common, options, advice):
-    options = [option.format(port=common.port) for option in options]
-    process = launch("--log", "log", "-p", "0", *options)
-    status, stdout, stderr = outcome(process, timeout=20)
-    assert (status, stdout, stderr.count("\n")) == (1, "", 1)
-    assert stderr.startswith("eventbook: " + advice.format(port=common.port))
+ENDS = [  # options, PORT, exit status, what is in the last line of stderr
+    ("--no-such-option", "", 2, "unrecognized arguments: --no-such-option"),
+    ("extra", "", 2, "unrecognized arguments: extra"),
+    ("-p", "", 2, "argument -p/--port: expected one argument"),
+    *[(f"-p {bad}", "", 2, "is no port from 0") for bad in "x -1 65536 ٣ 1_0".split()],
+    *[("", bad, 2, f"-p/--port: {bad!r} is no port from 0") for bad in ("x", "3000 ")],
+    ("-p {port}", "", 1, "cannot listen on 127.0.0.1:{port}; try another --port or"),
+    ("--log .", "", 1, "eventbook: cannot write .; name another file with --log ("),
+    ("--log no/log", "", 1, "eventbook: cannot write no/log; name another file with"),
+    ("--host no.invalid", "", 1, "eventbook: cannot listen on no.invalid:0; try"),
+    ("--host a..b", "", 1, "eventbook: cannot listen on a..b:0; try another --port"),
+    ("--host " + "é" * 64, "", 1, "eventbook: cannot listen on éééé"),
+]
 
 
-def test_help_says_what_it_is_and_how_to_use_it(launch):
+@each("options, port, status, last", ENDS, ids=short)
+def test_wrong_use_and_trouble_end_it(launch, common, options, port, status, last):
+    """With usage and 2; with one line that says what to do, and 1."""
+    options = options.format(port=common.port).split()
+    process = launch("--log", "log", *["-p", "0"] * (status == 1), *options, PORT=port)
+    *usage, line = outcome(process, timeout=20)[2].splitlines()
+    assert (process.returncode, bool(usage)) == (status, status == 2)
+    assert last.format(port=common.port) in line
+
+
+USERS = "1  ORGANIZER", "2  CUSTOMER", "3  CUSTOMER"
+
+
+def test_help_and_version(launch):
     status, stdout, stderr = outcome(launch("--help"))
     assert (status, stderr) == (0, "")
     assert "\n\neventbook: an event booking backend over HTTP\n\n" in stdout
-    wanted = ["-p", "--port", "--host", "--log", "--version", "--help", "curl -H"]
-    assert [word for word in wanted if word not in stdout] == []
-    users = "1  ORGANIZER", "2  CUSTOMER", "3  CUSTOMER"
-    users = "".join(f"  user-id: {user}\n" for user in users)
+    words = "where to listen, 0 for any free port (default: $PORT, or else 3000)"
+    assert f" {words} --host HOST default: 127.0.0.1 --log" in " ".join(stdout.split())
+    users = "".join(f"  user-id: {user}\n" for user in USERS)
     example = "  curl -H 'user-id: 2' http://localhost:3000/api/events"
     assert stdout.endswith(f"\n\nusers:\n{users}\nexample:\n{example}\n")
-    words = "where to listen, 0 for any free port (default: $PORT, or else 3000)"
-    assert f" {words}" in (folded := " ".join(stdout.split()))
-    assert "--host HOST default: 127.0.0.1 --log FILE default: /" in folded
+    assert outcome(launch("-p", "65535", "--version")) == (0, "eventbook 1.0.0\n", "")
 
 
 def test_the_log_is_beside_the_program_by_default(launch, tmp_path):
@@ -1843,9 +1474,8 @@ def test_the_log_is_beside_the_program_by_default(launch, tmp_path):
     for lines in 1, 2:
         log = tmp_path / "home" / "logs" / "events.log.jsonl"
         site = site_of(launch("-p", "0", program=program), log)
-        site.call(*CREATING)
-        site.call(*BOOKING)
-        assert len(site.entries()) == lines
+        assert [site.call(*step).status for step in (CREATING, BOOKING)] == [201, 201]
+        assert len(site.logged()) == lines
 
 
 @linux
@@ -1859,20 +1489,16 @@ def test_it_keeps_to_one_processor_of_those_it_may_use(program):
 def test_a_signal_ends_it_when_what_has_arrived_is_answered(launch, tmp_path, name):
     """Whoever reads late is not cut off, the idle are, what is queued is printed, and
     nothing is left open that Python would warn of."""
-    log = str(tmp_path / "log")
-    strict = ("-X", "dev", "-W", "error")
+    strict, log = ("-X", "dev", "-W", "error"), str(tmp_path / "log")
     program = site_of(launch("-p", "0", "--log", log, flags=strict))
-    long_list(program, 4001)
-    with program.connect() as late, program.connect() as idle:
-        late.sendall(LIST + BOOK)
-        late.recv(1, socket.MSG_PEEK)
+    long_list(program)
+    with program.connect() as idle, stuck_client(program, LIST * 80 + BOOK) as late:
         program.pause()
         program.process.send_signal(getattr(signal, name))
         assert read_to_end(idle) == []
         with pytest.raises(OSError):
             program.connect()
-        listed, booked = read_to_end(late)
-        assert (len(json.loads(listed.content)), booked.status) == (4001, 201)
+        assert statuses(read_to_end(late)) == [200] * 80 + [201]
     printed = "📧 Booking confirmation email sent for booking 1\n"
     assert outcome(program.process) == (0, printed, "")
 
@@ -1880,7 +1506,8 @@ def test_a_signal_ends_it_when_what_has_arrived_is_answered(launch, tmp_path, na
 @posix
 def test_a_hang_up_that_was_ignored_at_the_start_is_ignored(launch):
     """As under nohup: the terminal may go."""
-    site = site_of(launch("-p", "0", "--log", "log", shell=NOHUP))
+    nohup = ("sh", "-c", 'trap "" HUP; exec "$@"', "sh")
+    site = site_of(launch("-p", "0", "--log", "log", shell=nohup))
     site.process.send_signal(signal.SIGHUP)
     site.pause()
     site.process.terminate()
@@ -1910,89 +1537,75 @@ def test_a_second_ctrl_c_ends_it_at_once(program):
         assert program.process.wait(1) != 0
 
 
-CONSOLES = {
-    "closed from the start": {"shell": CLOSED},
-    "broken": {},
-    "unbuffered": {"PYTHONUNBUFFERED": "1"},
-    "without emoji": {"PYTHONIOENCODING": "ascii"},
-}
+CLOSED = ("sh", "-c", 'exec "$@" >&-', "sh")  # without a stdout
+CONSOLES = {"closed": {"shell": CLOSED}, "broken": {}}
+CONSOLES["without emoji"] = {"PYTHONIOENCODING": "ascii"}
 
 
 @posix
 @each("console", CONSOLES)
 def test_a_console_of_any_kind_harms_nothing(launch, console):
-    port = free_port()
-    process = launch("-p", port, "--log", "log", **CONSOLES[console])
+    process = launch("-p", port := free_port(), "--log", "log", **CONSOLES[console])
     site = Site(int(port))
-    eventually(lambda: not refuses_connections(site))
+    eventually(lambda: accepts_connections(site))
     if console == "broken":
         process.stdout.close()
-    site.call(*CREATING)
-    assert [site.call(*BOOKING).status for _ in "123"] == [201] * 3
+    assert statuses(site.talk(CREATE + BOOK * 3)) == [201] * 4
     process.terminate()
-    printed = console in ("unbuffered", "without emoji") and process.stdout.read()
-    assert not printed or " Booking confirmation email sent for booking 3\n" in printed
+    if console == "without emoji":
+        assert (
+            " Booking confirmation email sent for booking 3\n" in process.stdout.read()
+        )
     assert (process.wait(5), process.stderr.read()) == (0, "")
 
 
-def refuses_connections(site):
-    try:
-        site.connect().close()
-    except OSError:
+def accepts_connections(site):
+    with contextlib.suppress(OSError), site.connect():
         return True
 
 
 @posix
-def test_what_is_queued_in_the_end_is_printed(program):
-    """4,000 lines, of which the pipe holds a third, over Ctrl-Z, fg and Ctrl-C."""
-    program.call("POST", "/api/events", 1, {**EVENT, "availableTickets": 5000})
+@each("reads", [True, False])
+def test_what_is_queued_in_the_end_is_printed_if_it_is_read(program, reads):
+    """4,000 lines, of which the pipe holds a third; it waits for them, not for ever."""
+    program.call(*CREATING[:3], {**EVENT, "availableTickets": 5000})
     assert statuses(program.talk(BOOK * 4000)) == [201] * 4000
-    for name in "SIGSTOP", "SIGCONT", "SIGINT":
-        program.process.send_signal(getattr(signal, name))
+    program.process.terminate()
     with pytest.raises(subprocess.TimeoutExpired):
         program.process.wait(0.7)
-    status, printed, trouble = outcome(program.process)
-    assert (status, printed.count("📧"), trouble) == (0, 4000, "")
+    assert not reads or outcome(program.process)[1].count("📧") == 4000
+    assert program.process.wait(4) == 0
 
 
 # ---- The README --------------------------------------------------------------
 # What its session, its routes and its limits claim, something runs.
 
 
-def readme():
+def readme(pattern):
+    """All that a pattern finds in the README."""
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        return file.read()
-
-
-def blocks(kind):
-    """The texts of the README that stand between fences of a kind."""
-    return re.findall(rf"^```{kind}\n(.*?)^```", readme(), re.DOTALL | re.MULTILINE)
+        return re.findall(pattern, file.read(), re.MULTILINE)
 
 
 @posix
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_the_session_in_the_readme_is_what_happens(program):
-    steps = re.findall(
-        r"^\$ (curl .*)\n((?:[^$].*\n)*)", "".join(blocks("console")), re.MULTILINE
-    )
+    steps = readme(r"^\$ (curl .*)\n((?:[^$`].*\n)*)")
     assert len(steps) >= 5
     for command, shown in steps:
         command = command.replace("localhost:3000", f"127.0.0.1:{program.port}")
         output = subprocess.check_output(["sh", "-c", f"{command} 2>/dev/null"])
         assert output.decode() == shown, command
     program.process.terminate()
-    assert outcome(program.process) == (0, *blocks("text"), "")
+    assert outcome(program.process) == (0, *readme(r"^```text\n((?:[^`].*\n)*)"), "")
 
 
 def test_the_routes_in_the_readme_are_the_codes():
-    shown = re.findall(
-        r"^\| `([A-Z]+) (\S+)` \| (.*) \| (.*) \|$", readme(), re.MULTILINE
-    )
-    told = [
-        (method, path, ", ".join(roles) or "anyone", does.__doc__)
-        for method, path, roles, does, _ in eventbook.ROUTES
-    ]
-    assert shown == told
+    shown = readme(r"^\| `([A-Z]+) (\S+)` \| (.*) \| (.*) \|$")
+    for route, (method, path, roles, does) in zip(eventbook.ROUTES, shown):
+        assert (method, path, does) == (*route[:2], route.does.__doc__)
+        assert roles == (", ".join(route.roles) or "anyone")
+    assert len(shown) == len(eventbook.ROUTES)
 
 
 def test_the_limits_in_the_readme_are_the_codes():
@@ -2000,5 +1613,5 @@ def test_the_limits_in_the_readme_are_the_codes():
     assert sizes == (8192, 16384, 65536)
     server = eventbook.Server
     assert (server.patience, server.grace, server.connection_limit) == (16, 2, 512)
-    figures = "8 KiB|16 KiB|64 KiB|16 s|2 s|512".split("|")
-    assert [one for one in figures if not re.search(rf"\b{one}\b", readme())] == []
+    for figure in "8 KiB|16 KiB|64 KiB|16 s|2 s|512".split("|"):
+        assert readme(rf"\b{figure}\b"), figure
