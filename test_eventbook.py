@@ -43,7 +43,6 @@ import eventbook
 each = pytest.mark.parametrize
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and descriptors")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux's own calls")
-sys.setswitchinterval(1e-6)  # threads take turns as often as they can: races show
 
 # ---- The language ------------------------------------------------------------
 # A Site is a running server, in a thread or in a process, and the ways to speak to it.
@@ -181,8 +180,11 @@ def eventually(condition):
 def together(number, work):
     """The results of work(0), work(1), ... in so many threads at the same moment."""
     barrier = threading.Barrier(number)
+    sys.setswitchinterval(1e-6)  # they take turns as often as they can: races show
     with ThreadPoolExecutor(number, initializer=barrier.wait) as pool:
-        return list(pool.map(work, range(number)))
+        made = list(pool.map(work, range(number)))
+    sys.setswitchinterval(0.005)  # Python's default
+    return made
 
 
 @contextlib.contextmanager
@@ -353,14 +355,12 @@ ORDER = [  # most are wrong in several ways; the first in the contract's order w
     (405, "", "PATCH", "/api/events", None, b"!", {}),
     (401, "Unauthorized", "POST", "/api/events", None, b"!", {}),
     (403, "Access denied", "POST", "/api/events", 2, b"!", {}),
-    (403, "Access denied", "POST", "/api/events/9/book", 1, None, NO_KEY),
     (400, "Invalid JSON", "PUT", "/api/events/9", 1, b"!", OLD),
     (404, "Event not found", "PUT", "/api/events/9", 1, {"x": 1}, OLD),
     (404, "Event not found", "POST", "/api/events/9/book", 2, None, NO_KEY),
     (404, "Event not found", "GET", "/api/events/9/bookings?limit=x", 1, None, {}),
     (404, "Booking not found", "DELETE", "/api/bookings/9", 3, b"!", {}),
     (403, "Access denied", "DELETE", "/api/bookings/1", 3, b"!", {}),
-    (403, "Access denied", "GET", "/api/bookings/1", 3, None, {}),
     (412, "", "PUT", "/api/events/1", 1, {"x": 1}, OLD),
     (400, "Validation failed", *BOOKING, None, NO_KEY),
     (400, "Booking failed: sold out", *BOOKING, b"!", {}),
@@ -497,15 +497,13 @@ def test_an_update_changes_only_what_it_names(call, event, change):
 def test_an_update_of_nothing_still_notifies(server, call, event, body):
     """In order of the first live booking, each customer with one once."""
     call(*CREATING)
-    for number, customer in (1, 2), (1, 3), (2, 2):
+    for number, customer in (1, 2), (1, 3), (2, 2), (1, 2):
         call("POST", f"/api/events/{number}/book", customer)
-    call(*CANCELLING)
     call(*UPDATING, body)
-    for _ in "12":
-        call(*BOOKING)
-    assert call(*UPDATING, body).content["event"] == {**event, "availableTickets": 0}
+    call(*CANCELLING)
+    assert call(*UPDATING, body).content["event"] == {**event, "availableTickets": 1}
     told = [line.split()[-1] for line in server.printed() if line.startswith("🔔")]
-    assert told == ["3", "3", "2"]
+    assert told == ["2", "3", "3", "2"]
 
 
 def test_cancelling_twice_frees_one_ticket(call, event):
@@ -678,7 +676,6 @@ def shelf(call):
 
 PAGES = [
     ("", [1, 2, 3, 4, 5], 5),
-    ("?", [1, 2, 3, 4, 5], 5),
     ("?limit=2", [1, 2], 5),
     ("?limit=2&offset=1", [2, 3], 5),
     ("?offset=4&limit=1000", [5], 5),
@@ -748,26 +745,13 @@ def test_head_that_is_refused_has_no_content_either(common, fields):
 
 
 class Model:
-    """The store in two dicts: no clients, no log, no console."""
+    """Three events and their bookings in two dicts: no clients, no log, no console."""
 
     def __init__(self):
-        self.events, self.bookings, self.last = {}, {}, 0
+        self.events = {id: {"id": id, **EVENT} for id in (1, 2, 3)}
+        self.bookings, self.last = {}, 0
 
-    def create(self, _, user, body):
-        id = len(self.events) + 1
-        self.events[id] = {"id": id, **body}
-        return 201, self.events[id]
-
-    def update(self, id, user, body):
-        if id not in self.events:
-            return 404, NO_EVENT
-        self.events[id].update(body)
-        return 200, {"message": "Event updated", "event": self.events[id]}
-
-    def list(self, _, user, body):
-        return 200, list(self.events.values())
-
-    def book(self, id, user, body):
+    def book(self, id, user):
         if id not in self.events:
             return 404, NO_EVENT
         if not self.events[id]["availableTickets"]:
@@ -778,7 +762,7 @@ class Model:
         self.bookings[self.last] = booking
         return 201, {"message": "Booking successful", "booking": booking}
 
-    def cancel(self, id, user, body):
+    def cancel(self, id, user):
         if id not in self.bookings:
             return 404, NO_BOOKING
         if self.bookings[id]["customerId"] != user:
@@ -788,35 +772,30 @@ class Model:
         return 200, {"message": "Booking cancelled", "booking": booking}
 
 
-VERBS = {  # method, path, who does it
-    "create": ("POST", "/api/events", [1]),
-    "update": ("PUT", "/api/events/{}", [1]),
-    "list": ("GET", "/api/events", [2, 3]),
-    "book": ("POST", "/api/events/{}/book", [2, 3]),
-    "cancel": ("DELETE", "/api/bookings/{}", [2, 3]),
-}
-SHARES = [1, 1, 1, 8, 6]
+def random_step(chance, last):
+    """(what to do, the id of an event or of a booking, user)"""
+    step = chance.choice([("book", 4), ("book", 4), ("cancel", last)])
+    return step[0], chance.randint(1, step[1]), chance.choice([2, 3])
 
 
-def random_step(chance, last_event, last_booking):
-    """(verb, id, user, body) that has a fair chance to be let through."""
-    (verb,) = chance.choices(list(VERBS), SHARES)
-    last = last_booking if verb == "cancel" else last_event
-    user, title = chance.choice(VERBS[verb][2]), {"title": str(chance.random())}
-    body = {"create": {**EVENT, **title}, "update": title}.get(verb)
-    return verb, chance.randint(max(0, last - 9), last + 1), user, body
+def act(call, step, id, user):
+    path = f"/api/events/{id}/book" if step == "book" else f"/api/bookings/{id}"
+    return call("POST" if step == "book" else "DELETE", path, user)[:2]
+
+
+@pytest.fixture
+def three(call):
+    """Events 1 to 3, as the model has them."""
+    return [call(*CREATING) for _ in "123"]
 
 
 @each("seed", range(3))
-def test_a_random_history_is_answered_as_the_model_says(server, call, seed):
+def test_a_random_history_is_answered_as_the_model_says(call, three, seed):
     chance, model = random.Random(seed), Model()
-    for _ in range(300):
-        verb, id, user, body = random_step(chance, len(model.events), model.last)
-        method, path, _ = VERBS[verb]
-        status, content, _ = call(method, path.format(id), user, body)
-        assert (status, content) == getattr(model, verb)(id, user, body)
-    own = [one for user in (2, 3) for one in call("GET", "/api/bookings", user).content]
-    assert {one["id"]: one for one in own} == model.bookings
+    for _ in range(200):
+        step, *ids = random_step(chance, model.last + 1)
+        assert act(call, step, *ids) == getattr(model, step)(*ids)
+        assert call("GET", "/api/events", 2).content == list(model.events.values())
 
 
 # ---- Races -------------------------------------------------------------------
@@ -824,29 +803,22 @@ def test_a_random_history_is_answered_as_the_model_says(server, call, seed):
 
 
 @each("seed", range(2))
-def test_a_history_of_many_clients_is_one_that_the_model_can_have(server, call, seed):
+def test_a_history_of_many_clients_is_one_that_the_model_has(server, call, three, seed):
     """The log says in which order: replayed so, the model makes the same bookings and
     ends with the same events. What was confirmed is what was logged."""
     model, confirmed = Model(), []
-    for tickets in 3, 5, 8:
-        body = {**EVENT, "availableTickets": tickets}
-        model.create(None, 1, {**body, **call(*CREATING[:3], body).content})
 
-    def act(number):
+    def one_client(number):
         chance = random.Random(f"{seed} {number}")
-        for _ in range(30):
-            user, event = 2 + number % 2, chance.randint(1, 3)
-            booked = call("POST", f"/api/events/{event}/book", user)
-            cancelled = call("DELETE", f"/api/bookings/{chance.randint(1, 60)}", user)
-            done = [one for one in (booked, cancelled) if one.status < 300]
-            confirmed.extend(one.content["booking"] for one in done)
+        for _ in range(60):
+            status, content = act(call, *random_step(chance, 60))
+            confirmed.extend([content["booking"]] if status < 300 else [])
 
-    together(12, act)
+    together(12, one_client)
     for kind, booking in server.logged():
         id, event, user = booking.values()
-        step = (event, "book") if kind == "created" else (id, "cancel")
-        status, told = getattr(model, step[1])(step[0], user, None)
-        assert (status < 300, told.get("booking")) == (True, booking)
+        made = model.book(event, user) if kind == "created" else model.cancel(id, user)
+        assert made[1].get("booking") == booking
     assert list(model.events.values()) == call("GET", "/api/events", 2).content
     logged = [booking for _, booking in server.logged()]
     assert sorted(map(str, confirmed)) == sorted(map(str, logged))
@@ -1140,7 +1112,7 @@ def test_a_client_that_vanishes_leaves_nothing_behind(server, call, octets):
 @pytest.fixture
 def hasty(tmp_path):
     """A server whose patience is short."""
-    with whole_server(tmp_path / "log", patience=0.3) as site:
+    with whole_server(tmp_path / "log", patience=0.2) as site:
         yield site
 
 
@@ -1174,14 +1146,14 @@ def test_an_idle_client_is_closed(hasty, octets, expected):
         begun = time.monotonic()
         client.sendall(octets)
         assert statuses(read_to_end(client)) in (expected, [])
-        assert time.monotonic() - begun > 0.25
+        assert time.monotonic() - begun > 0.15
 
 
 def test_a_request_that_takes_long_is_no_idle_client():
     """Its client waits for the server, not the server for its client."""
     store, pause = eventbook.Store(), threading.Event()
-    store.on("event.updated", lambda *_: pause.wait(0.5))
-    with serving(store, patience=0.2) as site:
+    store.on("event.updated", lambda *_: pause.wait(0.3))
+    with serving(store, patience=0.1) as site:
         site.call(*CREATING)
         assert site.call(*UPDATING).status == 200
 
