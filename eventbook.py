@@ -743,7 +743,7 @@ def main():
     notifier.start()
     server.serve_forever(poll_interval=0.1)
     server.server_close()
-    notifier.close(timeout=2)
+    notifier.close(timeout=1)
 
 
 if __name__ == "__main__":

@@ -1544,7 +1544,7 @@ def test_what_is_queued_in_the_end_is_printed_if_it_is_read(program, reads):
     assert statuses(program.talk(BOOK * 4000)) == [201] * 4000
     program.process.terminate()
     with pytest.raises(subprocess.TimeoutExpired):
-        program.process.wait(0.7)
+        program.process.wait(0.5)
     assert not reads or outcome(program.process)[1].count("📧") == 4000
     assert program.process.wait(4) == 0
 
