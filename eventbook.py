@@ -8,13 +8,13 @@ Organizers create and update events, customers list them, book tickets and cance
     event      Event(1, "Tech Conference 2026", "2026-02-15", 3, etag='"5f0c-1"')
     booking    Booking(1, 1, 2): booking 1 is one ticket of event 1 for customer 2
     operation  Store.book(store, request): what a route does
-    refusal    Refusal(404, "Event not found"): what "refuses (404)" says may be raised
-    deadline   time.monotonic() + 16: when the server hangs up on a client that is slow
+    refusal    Refusal(404, "Event not found"): what "refuses (404)" announces
+    deadline   time.monotonic() + 16: when the server hangs up on a slow client
 
 1. State changes only inside Store, under its lock, and only if no observer objects: a
    booking's line is in the log before the booking exists.
-2. Above the routes nothing knows a socket, below them nothing a booking. A Request goes
-   in; a record, an Answer or a Refusal comes out.
+2. Code above the routes knows no socket, code below them no booking. A Request goes in;
+   a record, an Answer or a Refusal comes out.
 3. A thread serves each connection, and nobody else reads, writes or closes it. To end
    it from outside is to hang up: its thread wakes up, and finds the end.
 """
@@ -53,7 +53,7 @@ USERS = {"1": ORGANIZER, "2": CUSTOMER, "3": CUSTOMER}  # user-id -> role
 
 Event = namedtuple("Event", "id title date availableTickets etag")
 Booking = namedtuple("Booking", "id eventId customerId")
-# data: what the JSON shows, or that JSON as bytes; fields: those of this answer alone
+# data: what the JSON shows, or that JSON as bytes; fields: of this answer's header
 Answer = namedtuple("Answer", "status data fields", defaults=({},))
 
 
@@ -85,9 +85,10 @@ def is_date(value):
         return DATE.fullmatch(value) and date.fromisoformat(value[:10])
 
 
-def integer(least, most):
-    """A rule for whole numbers; True, 3.0 and "3" are none."""
-    words = f"an integer from {least:,} to {most:,}"
+def integer(least, most=math.inf):
+    """A rule for whole numbers, but not True, 3.0 or "3"."""
+    end = f"to {most:,}" if most < math.inf else "up"
+    words = f"an integer from {least:,} {end}"
     return (lambda value: type(value) is int and least <= value <= most), words
 
 
@@ -98,7 +99,7 @@ CREATE = {
     "availableTickets": integer(1, 10**9),
 }
 UPDATE = {**CREATE, "availableTickets": integer(0, 10**9)}  # 0: none for sale
-PAGE = {"limit": integer(1, 1000), "offset": integer(0, math.inf)}
+PAGE = {"limit": integer(1, 1000), "offset": integer(0)}
 FLAG = (lambda value: value in ("true", "false"), "true or false")
 EVENT_PAGE = {**PAGE, "available": FLAG}
 IS_KEY = re.compile("[!-~]{1,255}").fullmatch
@@ -139,7 +140,7 @@ class Request(namedtuple("Request", "query fields content id user")):
     def check_preconditions(self, etag, status):
         """Refuse (412, or status for If-None-Match) as RFC 9110, section 13.2, says."""
         match = self.fields.get("if-match", "*")
-        tags = re.findall('(?:W/)?"[^"]*"', match)  # a weak one is like no other
+        tags = re.findall('(?:W/)?"[^"]*"', match)  # a weak one never matches
         require(match == "*" or etag in tags, 412, "Event has changed", {"ETag": etag})
         none_match = self.fields.get("if-none-match", "")
         if none_match == "*" or etag in re.findall('"[^"]*"', none_match):
@@ -160,7 +161,7 @@ def visible(record):
 
 
 @functools.lru_cache(maxsize=10_000)  # a list changes by a record or two at a time
-def encoded(record):
+def as_text(record):
     return ENCODER.encode(visible(record))
 
 
@@ -175,12 +176,12 @@ def page(query, rules, records):
     if wanted.get("available") == "true":
         records = [event for event in records if event.availableTickets]
     part = records[wanted.get("offset", 0) :][: wanted.get("limit")]
-    content = f"[{','.join(map(encoded, part))}]\n".encode()
+    content = f"[{','.join(map(as_text, part))}]\n".encode()
     return Answer(200, content, {"X-Total-Count": len(records)})
 
 
 # ---- Observers ---------------------------------------------------------------
-# Who must know of a booking, a cancelling or an update hears of it before it happens.
+# Who must know of a booking, a cancellation or an update hears of it before it happens.
 # What an observer raises prevents it; so those that may raise come first.
 
 
@@ -200,11 +201,11 @@ class Observable:
 
 
 class Log:
-    """A JSON Lines file: an appended line survives kill -9, though no power cut."""
+    """A JSON Lines file: an appended line survives kill -9, but not a power cut."""
 
     def __init__(self, path):
         """Create the file if there is none; raises OSError."""
-        self.path, self.size = path, 0  # the size: as the last line has left it
+        self.path, self.size = path, 0  # the size after our last line
         open(path, "ab").close()
 
     def __call__(self, name, booking):
@@ -245,7 +246,7 @@ class Notifier(threading.Thread):
 
     def run(self):
         batch = []
-        while "" not in batch:
+        while "" not in batch:  # close() sends it
             batch = [self.lines.get()]
             time.sleep(0.01)  # waking up for every line would slow bookings down
             batch += [self.lines.get() for _ in range(self.lines.qsize())]
@@ -253,13 +254,13 @@ class Notifier(threading.Thread):
                 self.write("".join(batch))
 
     def close(self, timeout):
-        """Wait until nothing is left to print, or for so many seconds."""
+        """Wait until all is printed, or for so many seconds."""
         self.lines.put("")
         self.join(timeout)
 
 
 # ---- Store -------------------------------------------------------------------
-# All there is, and the operations on it, whose docstrings GET / tells.
+# All there is, and the operations on it; GET / shows their docstrings.
 
 
 class Store(Observable):
@@ -267,10 +268,10 @@ class Store(Observable):
 
     def __init__(self):
         super().__init__()
-        # The law of the lock: what reads or changes the dicts is one `with`, check and
-        # change together. Observers run under it, so log lines are in order of changes.
+        # The law of the lock: one `with` covers a check and its change, and whatever
+        # reads. Observers run under it, so that log lines are in the order of changes.
         self.lock = threading.RLock()  # reentrant: operations use one another
-        self.nonce = os.urandom(6).hex()  # of this run; no ETag of another is alike
+        self.nonce = os.urandom(6).hex()  # so that no two runs share an ETag
         self.changes = self.last_booking = 0
         self.events = {}  # event id -> Event
         # The live bookings, each in both dicts and in order of id:
@@ -282,7 +283,7 @@ class Store(Observable):
     def create(self, request):
         """Put an event on sale."""
         given = request.json()
-        values = {name: given.get(name) for name in CREATE}
+        values = {name: given.get(name) for name in CREATE}  # others are ignored
         check(values, CREATE)
         with self.lock:
             return self._put(Event(len(self.events) + 1, **values, etag=None))
@@ -291,11 +292,11 @@ class Store(Observable):
         """Change an event; the customers with a live booking are told."""
         values = request.json()
         with self.lock:
-            event = self._event(request)
+            event = self._find(request)
             request.check_preconditions(event.etag, status=412)
-            is_same, _ = integer(event.id, event.id)
+            is_same = integer(event.id, event.id)[0]  # not True, not 1.0
             check(values, {**UPDATE, "id": (is_same, "the id in the path")})
-            # Told even of an update that changes nothing: that is how it was assigned.
+            # Each once, and even if nothing changes: the assignment says so.
             self.emit("event.updated", dict.fromkeys(self.sold[event.id].values()))
             same = event._replace(**values) == event
             return event if same else self._put(event, **values)
@@ -304,7 +305,7 @@ class Store(Observable):
         """Book one ticket; with an Idempotency-Key it is safe to ask again."""
         key = request.fields.get("idempotency-key")
         with self.lock:
-            event = self._event(request)
+            event = self._find(request)
             if key is not None:
                 check({"Idempotency-Key": key}, KEY)
                 first = self.by_key.get((request.user, key))
@@ -327,7 +328,7 @@ class Store(Observable):
     def cancel(self, request):
         """Cancel a booking of one's own; its ticket is free again."""
         with self.lock:
-            booking = self.booking(request)
+            booking = self.read_booking(request)
             self.emit("booking.cancelled", booking)
             del self.sold[booking.eventId][booking.id]
             del self.held[booking.customerId][booking.id]
@@ -335,14 +336,14 @@ class Store(Observable):
             self._put(event, availableTickets=event.availableTickets + 1)
             return booking
 
-    def event(self, request):
+    def read_event(self, request):
         """Read an event."""
         with self.lock:
-            event = self._event(request)
+            event = self._find(request)
         request.check_preconditions(event.etag, status=304)
         return event
 
-    def booking(self, request):
+    def read_booking(self, request):
         """Read a booking of one's own."""
         with self.lock:
             owners = [user for user, held in self.held.items() if request.id in held]
@@ -362,7 +363,7 @@ class Store(Observable):
     def list_bookings(self, request):
         """List an event's live bookings."""
         with self.lock:
-            sold = self.sold[self._event(request).id].items()
+            sold = self.sold[self._find(request).id].items()
             bookings = [Booking(id, request.id, customer) for id, customer in sold]
         return page(request.query, PAGE, bookings)
 
@@ -375,7 +376,7 @@ class Store(Observable):
 
     # What follows is called with the lock held.
 
-    def _event(self, request):
+    def _find(self, request):
         require(request.id in self.events, 404, "Event not found")
         return self.events[request.id]
 
@@ -404,10 +405,10 @@ ROUTES = [
     Route("GET", "/api/events", [CUSTOMER], Store.list_events, None),
     Route("POST", "/api/events/:id/book", [CUSTOMER], Store.book, "Booking successful"),
     Route("DELETE", "/api/bookings/:id", [CUSTOMER], Store.cancel, "Booking cancelled"),
-    Route("GET", "/api/events/:id", [ORGANIZER, CUSTOMER], Store.event, None),
+    Route("GET", "/api/events/:id", [ORGANIZER, CUSTOMER], Store.read_event, None),
     Route("GET", "/api/events/:id/bookings", [ORGANIZER], Store.list_bookings, None),
     Route("GET", "/api/bookings", [CUSTOMER], Store.list_own, None),
-    Route("GET", "/api/bookings/:id", [CUSTOMER], Store.booking, None),
+    Route("GET", "/api/bookings/:id", [CUSTOMER], Store.read_booking, None),
     Route("GET", "/", [], describe, None),
 ]
 
@@ -512,7 +513,7 @@ def parse_header(octets, version):
 # A thread each. It may wait for its client without a timer of its own, because the
 # server knows by when each must be done, and hangs up on those that are not.
 
-JSON = "Content-Type: application/json; charset=utf-8\r\n"
+JSON_TYPE = "Content-Type: application/json; charset=utf-8\r\n"
 STANDING = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
 http_date = functools.lru_cache(email.utils.formatdate)
 
@@ -530,7 +531,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # or the second of two answers waits for 40 ms
 
     def handle_one_request(self):
-        """Read a request and answer it; all that is raised on the way is told here."""
+        """Have the base call parse_request() and do_X(); answer what they raise."""
         self.close_connection, self.command = True, None  # until the request is read
         try:
             super().handle_one_request()
@@ -542,11 +543,12 @@ class Handler(BaseHTTPRequestHandler):
                     pass
         except Exception:
             self.close_connection = True
-            self.send(Answer(500, {"error": "Internal server error"}))
+            with contextlib.suppress(OSError):  # or the defect would not be told
+                self.send(Answer(500, {"error": "Internal server error"}))
             raise  # for handle_error()
 
     def parse_request(self):
-        """Read the head, as strictly as said above; refuses."""
+        """Read the head strictly; refuses."""
         if self.raw_requestline == b"\r\n":  # RFC 9112, 2.2: one in front is skipped
             self.raw_requestline = self.rfile.readline(LINE_LIMIT + 3)
         line = parse_request_line(self.raw_requestline)
@@ -586,7 +588,7 @@ class Handler(BaseHTTPRequestHandler):
         content = data if isinstance(data, bytes) else encode(data)
         head = f"HTTP/1.1 {status} {self.responses[status][0]}\r\n{STANDING}"
         head += f"Date: {http_date(int(time.time()), usegmt=True)}\r\n"
-        head += f"{JSON}Content-Length: {len(content)}\r\n" if status != 304 else ""
+        head += f"{JSON_TYPE}Content-Length: {len(content)}\r\n" if status != 304 else ""
         # A second less than it is kept, or a client may send just when it ends.
         kept = f"Keep-Alive: timeout={self.server.patience - 1:.0f}\r\n"
         head += "Connection: close\r\n" if self.close_connection else kept
@@ -606,9 +608,9 @@ class Server(ThreadingHTTPServer):
     grace = 2.0  # seconds to take an answer when the server stops
 
     def __init__(self, address, store):
-        """Listen; raises OSError, or TypeError for a host that is no name."""
+        """Listen; raises OSError, or TypeError if the host cannot be encoded."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.store, self.deadlines = store, {}  # connection -> time to hang up on it
+        self.store, self.deadlines = store, {}  # connection -> when to hang up
         self.pool = ThreadPoolExecutor(self.connection_limit)
         super().__init__(address, Handler)
 
@@ -617,13 +619,14 @@ class Server(ThreadingHTTPServer):
         self.deadlines[request] = time.monotonic() + self.patience
         while len(self.deadlines) > self.connection_limit:
             deadlines = self.deadlines.copy()
-            longest_waiting = min(deadlines, key=deadlines.get)
-            self.deadlines.pop(longest_waiting, None)
-            hang_up(longest_waiting)
+            first_due = min(deadlines, key=deadlines.get)
+            self.deadlines.pop(first_due, None)
+            hang_up(first_due)
         # To start a thread, as the base does here, takes longer than most answers.
         self.pool.submit(self.process_request_thread, request, client_address)
 
     def service_actions(self):
+        """Look for who is overdue; serve_forever() calls this ten times a second."""
         now = time.monotonic()
         for connection, deadline in self.deadlines.copy().items():
             if deadline < now:
@@ -639,7 +642,7 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def server_close(self):
-        """Answer what has arrived, but nothing that comes later; wait for `grace`."""
+        """Answer the requests that have arrived, and no others; wait for `grace`."""
         self.socket.settimeout(0.01)
         with contextlib.suppress(OSError):  # until nobody stands in the queue
             for _ in range(self.request_queue_size):
@@ -694,7 +697,7 @@ def write(text):
 
 def open_store(log_path, notifier):
     """A Store whose bookings and cancellings are logged first; raises OSError."""
-    if log_path == DEFAULT_LOG:  # a folder that was named is not made: it may be a slip
+    if log_path == DEFAULT_LOG:  # a folder that is named may be a slip
         os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
     store, log = Store(), Log(log_path)
     store.on("booking.created", log, notifier.confirm)
@@ -704,14 +707,14 @@ def open_store(log_path, notifier):
 
 
 def keep_to_one_processor():
-    """Python runs one thread at a time; if the next one waits on another processor, to
-    hand over the interpreter's lock takes longer than to answer."""
+    """Python runs one thread at a time; to hand its lock to a thread that waits on
+    another processor takes longer than most answers (the README has the figures)."""
     with contextlib.suppress(AttributeError, OSError):  # Linux has it, few others have
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def stop_by_signal(server):
-    """Have SIGINT, SIGTERM and SIGHUP shut a server down, a second SIGINT end it."""
+    """Have SIGINT, SIGTERM and SIGHUP shut a server down, a second SIGINT kill it."""
 
     def stop(_number, _frame):
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -459,7 +459,7 @@ ADVICE = [  # what has three bad values, one of them, and what would be right
     (UPDATED_BADLY, "id", "the id in the path"),
     (UPDATED_BADLY, "x", "no field of this name is known"),
     (LISTED_BADLY, "limit", "an integer from 1 to 1,000"),
-    (LISTED_BADLY, "offset", "an integer from 0 to inf"),
+    (LISTED_BADLY, "offset", "an integer from 0 up"),
     (LISTED_BADLY, "available", "true or false"),
 ]
 
