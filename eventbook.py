@@ -513,7 +513,7 @@ def parse_header(octets, version):
 # A thread each. It may wait for its client without a timer of its own, because the
 # server knows by when each must be done, and hangs up on those that are not.
 
-JSON_TYPE = "Content-Type: application/json; charset=utf-8\r\n"
+CONTENT = "Content-Type: application/json; charset=utf-8\r\nContent-Length: "
 STANDING = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
 http_date = functools.lru_cache(email.utils.formatdate)
 
@@ -588,7 +588,7 @@ class Handler(BaseHTTPRequestHandler):
         content = data if isinstance(data, bytes) else encode(data)
         head = f"HTTP/1.1 {status} {self.responses[status][0]}\r\n{STANDING}"
         head += f"Date: {http_date(int(time.time()), usegmt=True)}\r\n"
-        head += f"{JSON_TYPE}Content-Length: {len(content)}\r\n" if status != 304 else ""
+        head += f"{CONTENT}{len(content)}\r\n" if status != 304 else ""
         # A second less than it is kept, or a client may send just when it ends.
         kept = f"Keep-Alive: timeout={self.server.patience - 1:.0f}\r\n"
         head += "Connection: close\r\n" if self.close_connection else kept
