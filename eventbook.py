@@ -127,11 +127,11 @@ class Request(namedtuple("Request", "query fields content id user")):
     def json(self):
         """The content as a dict, empty if there is none; refuses (400)."""
         try:
-            text = self.content.decode().lstrip("\ufeff")  # the mark: RFC 8259, 8.1
+            text = self.content.decode().removeprefix("\ufeff")  # RFC 8259, 8.1
             value = json.loads(text or "{}")
             encode(value)  # refuses NaN, 1e400 and lone surrogates at any depth
         except (ValueError, RecursionError) as error:
-            others = "not in UTF-8, nested too deep, or a number out of range"
+            others = "not UTF-8, nested too deep, or an impossible number or character"
             problem = error if isinstance(error, json.JSONDecodeError) else others
             raise Refusal(400, f"Invalid JSON: {problem}") from None
         require(isinstance(value, dict), 400, "Invalid JSON: an object is wanted")
@@ -139,12 +139,17 @@ class Request(namedtuple("Request", "query fields content id user")):
 
     def check_preconditions(self, etag, status):
         """Refuse (412, or status for If-None-Match) as RFC 9110, section 13.2, says."""
-        match = self.fields.get("if-match", "*")
-        tags = re.findall('(?:W/)?"[^"]*"', match)  # a weak one never matches
-        require(match == "*" or etag in tags, 412, "Event has changed", {"ETag": etag})
-        none_match = self.fields.get("if-none-match", "")
-        if none_match == "*" or etag in re.findall('"[^"]*"', none_match):
-            raise Refusal(status, "Event has not changed", {"ETag": etag})
+        match = elements(self.fields.get("if-match", "*"))
+        known = match == ["*"] or etag in match  # a weak tag, W/"...", is never known
+        require(known, 412, "Event has changed", {"ETag": etag})
+        none_match = elements(self.fields.get("if-none-match", ""))
+        known = none_match == ["*"] or {etag, f"W/{etag}"} & {*none_match}
+        require(not known, status, "Event has not changed", {"ETag": etag})
+
+
+def elements(value):
+    """The elements of a field's value that is a list (RFC 9110, section 5.6.1)."""
+    return re.split("[ \t]*,[ \t]*", value)
 
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -206,7 +211,7 @@ class Log:
     def __init__(self, path):
         """Create the file if there is none; raises OSError."""
         self.path, self.size = path, 0  # the size after our last line
-        open(path, "ab").close()
+        open(path, "a+b").close()
 
     def __call__(self, name, booking):
         """Append a line, or take back what was written of it and refuse (503)."""
@@ -503,7 +508,7 @@ def parse_header(octets, version):
     require("transfer-encoding" not in fields, status, "No Transfer-Encoding is taken")
     length = int(length.lstrip("0")[:9] or 0)  # int() takes 4,300 digits; 9 say enough
     require(length <= CONTENT_LIMIT, 413, "Content too large")
-    options = re.split("[ \t]*,[ \t]*", fields.get("connection", "").lower())
+    options = elements(fields.get("connection", "").lower())
     persistent = version == "1.1" and "close" not in options
     expects = version == "1.1" and fields.get("expect", "").lower() == "100-continue"
     return types.MappingProxyType(fields), length, persistent, expects
@@ -746,7 +751,7 @@ def main():
     notifier.start()
     server.serve_forever(poll_interval=0.1)
     server.server_close()
-    notifier.close(timeout=1)
+    notifier.close(timeout=2)
 
 
 if __name__ == "__main__":
