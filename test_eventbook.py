@@ -17,6 +17,7 @@ patched. A server in a thread must leave nothing on stderr: the fixture `quiet`.
 """
 
 import contextlib
+import functools
 import http.client
 import itertools
 import json
@@ -861,12 +862,12 @@ def test_many_with_one_key_make_one_booking(server, call, event):
 
 
 def test_of_many_with_one_etag_one_updates(call, event):
-    tag = call(*READING).fields["etag"]
-    body = [{"title": str(number)} for number in range(32)]
-    made = together(32, lambda number: call(*UPDATING, body[number], If_Match=tag))
-    made.sort(key=lambda one: one.status)
-    assert statuses(made) == [200] + [412] * 31
-    assert call(*READING).content == made[0].content["event"]
+    for turn in "abcdefgh":
+        steps = [(*UPDATING, {"title": f"{turn} {number}"}) for number in range(16)]
+        update = functools.partial(call, If_Match=call(*READING).fields["etag"])
+        made = together(16, lambda number, do=update, to=steps: do(*to[number]).status)
+        assert sorted(made) == [200] + [412] * 15
+        assert call(*READING).content["title"] == f"{turn} {made.index(200)}"
 
 
 # ---- Framing -----------------------------------------------------------------
@@ -1093,6 +1094,11 @@ def stuck_client(site, octets=LIST * 80):
         yield client
 
 
+def reset(client):
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
 STATES = [b"", CREATE[:20], CREATE[:-9], LIST, LIST * 80, b"\0\n", b"\0\n" * 50_000]
 
 
@@ -1104,8 +1110,7 @@ def test_a_client_that_vanishes_leaves_nothing_behind(server, call, octets):
         client = server.connect()
         client.sendall(octets)
         server.pause()
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        client.close()
+        reset(client)
     eventually(lambda: not server.server.deadlines)
 
 
@@ -1222,6 +1227,19 @@ def test_a_defect_of_ours_changes_nothing(capsys, name, step):
         assert (told, capsys.readouterr().err.count("ZeroDivisionError")) == ([], 1)
         faulty.clear()
         assert (site.call(*step).status < 300, told) == (True, [name])
+
+
+def test_a_defect_is_told_though_its_client_has_gone(capsys):
+    store, gone = eventbook.Store(), threading.Event()
+    store.on("event.updated", lambda *_: gone.wait(5) and 1 / 0)
+    with serving(store) as site:
+        site.call(*CREATING)
+        client = site.connect()
+        client.sendall(request(*UPDATING[:2], user=1))
+        site.pause()
+        reset(client)
+        gone.set()
+        eventually(lambda: "ZeroDivisionError" in capsys.readouterr().err)
 
 
 @posix
@@ -1422,6 +1440,15 @@ def test_wrong_use_and_trouble_end_it(launch, common, options, port, status, las
     *usage, line = outcome(process, timeout=20)[2].splitlines()
     assert (process.returncode, bool(usage)) == (status, status == 2)
     assert last.format(port=common.port) in line
+
+
+@posix
+def test_a_pipe_is_no_log(launch, tmp_path):
+    """Or the start would wait for somebody to read it."""
+    os.mkfifo(tmp_path / "pipe")
+    status, stdout, stderr = outcome(launch("-p", "0", "--log", "pipe"))
+    assert (status, stdout, stderr.count("\n")) == (1, "", 1)
+    assert stderr.startswith("eventbook: cannot write pipe; name another file")
 
 
 USERS = "1  ORGANIZER", "2  CUSTOMER", "3  CUSTOMER"
