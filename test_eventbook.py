@@ -36,6 +36,7 @@ import urllib.error
 import urllib.request
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 
 import pytest
 
@@ -87,13 +88,13 @@ class Site:
         with self.connect() as client:
             for piece in octets[:-1]:
                 client.sendall(piece)
-                self.pause()
+                self.settle()
             client.sendall(octets[-1])
             if half_close:
                 client.shutdown(socket.SHUT_WR)
             return read_to_end(client)
 
-    def pause(self):
+    def settle(self):
         """Ask the server once, so that it has most likely read what was sent before."""
         assert self.call("GET", "/").status == 200
 
@@ -124,18 +125,18 @@ def read_to_end(client):
             fields = {name.lower(): value for name, value in fields}
             content = file.read(int(fields.get("content-length", 0)))
             found.append(Reply(int(line.split()[1]), content, fields))
-            assert found[-1].status == 100 or has_standing_fields(found[-1])
+            check_standing_fields(found[-1])
     return found
 
 
-def has_standing_fields(one):
-    """What every answer has, the parser's own refusals included."""
-    assert one.fields["content-type"] == "application/json; charset=utf-8"
-    assert one.fields["cache-control"] == "no-store"
-    assert one.fields["x-content-type-options"] == "nosniff"
-    assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT", one.fields["date"])
-    assert one.content.endswith(b"\n") and "python" not in str(one).lower()
-    return len(one.content) == int(one.fields["content-length"])
+def check_standing_fields(one):
+    """What every answer but 100 has, the parser's own refusals included."""
+    if one.status != 100:
+        assert one.fields["content-type"] == "application/json; charset=utf-8"
+        assert one.fields["cache-control"] == "no-store"
+        assert one.fields["x-content-type-options"] == "nosniff"
+        assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT", one.fields["date"])
+        assert one.content.endswith(b"\n") and "python" not in str(one).lower()
 
 
 def short(case):
@@ -172,7 +173,7 @@ BOOK = request("POST", "/api/events/1/book", user=2)
 
 def eventually(condition):
     """Ask until it holds: for what nobody tells, like a thread that has ended."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < end, "it never held"
         time.sleep(0.005)
@@ -283,6 +284,8 @@ def test_a_log_line_is_exactly_as_assigned(server, call, event):
     call(*BOOKING)
     line = server.log.read_text("utf-8")
     stamp = re.search(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line)[0]
+    logged = datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%S.%f%z")
+    assert abs(logged.timestamp() - time.time()) < 60
     data = '"data":{"id":1,"eventId":1,"customerId":2}'
     assert line == f'{{"event":"booking.created","timestamp":"{stamp}",{data}}}\n'
 
@@ -383,13 +386,13 @@ PATHS = (
 
 
 @each("path", PATHS.split(), ids=short)
-def test_a_path_that_is_none_is_not_found_by_anybody(common, path):
+def test_a_path_that_is_none_is_not_found(common, path):
     assert common.call("GET", path)[:2] == (404, {"error": "Not found"})
 
 
 @each("path", sorted({path for _, path, _ in ROUTES}))
 def test_a_method_that_a_path_has_not_is_refused_with_those_it_has(common, path):
-    """Of anybody, also with one "/" behind; CORS's OPTIONS is no exception."""
+    """Whoever asks, and with one "/" behind; CORS's OPTIONS is no exception."""
     allowed = {method for method, other, _ in ROUTES if other == path}
     allowed |= {"HEAD"} if "GET" in allowed else set()
     path = path.replace(":id", "1").rstrip("/") + "/"
@@ -423,7 +426,7 @@ WRONG = {
 def test_a_wrong_field_is_named(common, name, value):
     """In creating and updating alike, but that an update may set the tickets to 0."""
     steps = [(*CREATING[:3], {**EVENT, name: value})]
-    if value != 0 or value is True:
+    if value != 0:
         steps.append((*UPDATING, {name: value}))
     for step in steps:
         refused = common.call(*step)
@@ -495,8 +498,8 @@ def test_an_update_changes_only_what_it_names(call, event, change):
 
 
 @each("body", [None, {}])
-def test_an_update_of_nothing_still_notifies(server, call, event, body):
-    """In order of the first live booking, each customer with one once."""
+def test_an_update_of_nothing_still_tells_each_customer_once(server, call, event, body):
+    """Each with a live booking, in the order of their first."""
     call(*CREATING)
     for number, customer in (1, 2), (1, 3), (2, 2), (1, 2):
         call("POST", f"/api/events/{number}/book", customer)
@@ -584,7 +587,8 @@ def test_a_retry_with_a_key_acts_once(server, call, event):
 def test_a_key_is_for_one_event_and_one_customer(call, event):
     call(*CREATING)
     assert call(*BOOKING, Idempotency_Key="k").status == 201
-    assert call("POST", "/api/events/2/book", 2, Idempotency_Key="k").status == 422
+    refused = call("POST", "/api/events/2/book", 2, Idempotency_Key="k")
+    assert refused[:2] == (422, {"error": "Key of another event"})
     theirs = call("POST", "/api/events/2/book", 3, Idempotency_Key="k")
     assert theirs.content["booking"] == {"id": 2, "eventId": 2, "customerId": 3}
 
@@ -604,12 +608,13 @@ def test_a_key_is_1_to_255_visible_characters(common, key):
 
 
 def test_the_newest_ten_thousand_keys_are_remembered():
-    """Asked of the store itself; then the second and the first once more."""
+    """Of 10,001 the second is still known, the first is not; asked of the store."""
     store = eventbook.Store()
-    store.create(eventbook.Request("", {}, BODY, None, 1))
-    store.update(eventbook.Request("", {}, b'{"availableTickets":20000}', 1, 1))
-    asked = [{"idempotency-key": str(key)} for key in [*range(10_001), 1, 0]]
-    made = [store.book(eventbook.Request("", key, b"", 1, 2)) for key in asked]
+    asked = functools.partial(eventbook.Request, "", {}, b"", id=1, user=1)
+    store.create(asked()._replace(content=BODY))
+    store.update(asked()._replace(content=b'{"availableTickets":20000}'))
+    keys = [{"idempotency-key": str(key)} for key in [*range(10_001), 1, 0]]
+    made = [store.book(asked()._replace(fields=key)) for key in keys]
     assert [booking.id for booking in made] == [*range(1, 10_002), 2, 10_002]
 
 
@@ -618,7 +623,7 @@ RENAMING = (*UPDATING, {"title": "New"})
 
 
 def test_the_etag_changes_with_the_event_and_never_comes_back(call, event):
-    """Though the event does, and not in another run either; else it stays."""
+    """Not even with the same content, or in another run; else it stays."""
     with serving(eventbook.Store()) as another:
         tags = [another.call(*CREATING).fields["etag"]]
     for change in RENAMING, BOOKING, CANCELLING, NOTHING_LEFT, AS_IT_WAS:
@@ -704,6 +709,7 @@ BAD_AVAILABLE = "available= available=1 available=True".split()
 
 @each("query", [*BAD_PAGES.split(), *BAD_AVAILABLE], ids=short)
 def test_a_bad_page_is_refused_by_every_list(common, query):
+    """And what is not "available" by that of events."""
     lists = ("/api/events", 2), ("/api/events/1/bookings", 1), ("/api/bookings", 2)
     for path, user in lists[:1] if query in BAD_AVAILABLE else lists:
         refused = common.call("GET", f"{path}?{query}", user)
@@ -734,7 +740,7 @@ def test_head_is_get_without_content(common, path, roles):
 
 @each("fields", ["X: y", "Content-Length: 99999", f"{EXPECT}\r\nContent-Length: 9"])
 def test_head_that_is_refused_has_no_content_either(common, fields):
-    """Or it would be taken for the next answer."""
+    """Or it would be taken for the next answer; here behind an empty line."""
     with common.connect() as client, client.makefile("rb") as file:
         client.sendall(b"\r\n" + request("HEAD", "/x", "Connection: close", fields))
         client.shutdown(socket.SHUT_WR)
@@ -1012,7 +1018,7 @@ ROWS = [(octets, wanted) for wanted, row in CONVERSATIONS.items() for octets in 
 
 @each("octets, wanted", ROWS, ids=short)
 def test_a_conversation_goes_on_or_is_closed(common, octets, wanted):
-    """An answer that keeps the connection says for how long, less a second."""
+    """An answer that keeps the connection says so: timeout=15, a second less."""
     closes = len(wanted) == 1
     found = common.talk(octets + GET, half_close=not closes)
     assert statuses(found) == list(wanted)
@@ -1042,7 +1048,7 @@ def test_who_would_be_refused_is_not_told_to_continue(common, status, head):
     assert statuses(common.talk(head, half_close=False)) == [status]
 
 
-def test_nothing_a_client_sent_is_echoed_unescaped(common):
+def test_no_control_character_of_a_client_is_echoed(common):
     body = json.dumps({'"\r\nSet-Cookie: x\x1b<script>': 1}).encode()
     (refused,) = common.talk(request("PUT", "/api/events/1", user=1, body=body))
     assert (refused.status, "set-cookie" in refused.fields) == (400, False)
@@ -1103,13 +1109,13 @@ STATES = [b"", CREATE[:20], CREATE[:-9], LIST, LIST * 80, b"\0\n", b"\0\n" * 50_
 
 
 @each("octets", STATES, ids=short)
-def test_a_client_that_vanishes_leaves_nothing_behind(server, call, octets):
+def test_a_client_that_vanishes_leaves_nothing_behind(server, octets):
     """Ten reset their connections; none is open after that, and all threads are free."""
     long_list(server)
     for _ in range(10):
         client = server.connect()
         client.sendall(octets)
-        server.pause()
+        server.settle()
         reset(client)
     eventually(lambda: not server.server.deadlines)
 
@@ -1123,14 +1129,12 @@ def hasty(tmp_path):
 
 def test_a_client_that_never_reads_is_closed_and_holds_up_nobody(hasty):
     long_list(hasty)
-    with stuck_client(hasty) as client:
+    with stuck_client(hasty):
         assert hasty.call("GET", "/api/events", 2).status == 200
         eventually(lambda: not hasty.server.deadlines)
-        with contextlib.suppress(ConnectionResetError), client.makefile("rb") as file:
-            assert file.read().count(b"HTTP/1.1 200 OK") < 80
 
 
-@each("octets", [CREATE * 9, b"\0\n"], ids=["asking", "refused"])
+@each("octets", [CREATE, b"\0\n"], ids=["asking", "refused"])
 def test_a_client_that_drips_is_closed_at_the_deadline(hasty, octets):
     """However regularly octets come, the whole request has one deadline."""
     end = time.monotonic() + 3
@@ -1144,13 +1148,13 @@ def test_a_client_that_drips_is_closed_at_the_deadline(hasty, octets):
     assert hasty.call("GET", "/api/events", 2).content == []
 
 
-@each("octets, expected", [(b"", []), (CREATE[:-1], [400]), (GET, [200])])
+@each("octets, expected", [(b"", []), (CREATE[:-1], []), (GET, [200])])
 def test_an_idle_client_is_closed(hasty, octets, expected):
-    """No sooner than its time is over, which an answer begins anew."""
+    """No sooner than its time is over, and half a request is not answered."""
+    begun = time.monotonic()
     with hasty.connect() as client:
-        begun = time.monotonic()
         client.sendall(octets)
-        assert statuses(read_to_end(client)) in (expected, [])
+        assert statuses(read_to_end(client)) == expected
         assert time.monotonic() - begun > 0.15
 
 
@@ -1168,7 +1172,7 @@ def test_each_open_connection_has_a_thread(server):
         before = threading.active_count()
         for _ in range(40):
             stack.enter_context(server.connect())
-        server.pause()
+        server.settle()
         assert threading.active_count() - before >= 40
 
 
@@ -1195,7 +1199,7 @@ def test_slow_clients_shut_nobody_out(small):
         for _ in range(100):
             stack.enter_context(small.connect()).sendall(CREATE[:20])
         for _ in range(10):
-            small.pause()
+            small.settle()
 
 
 @each("octets", [request("GET", "/", "X : 1"), request("BREW", "/"), b"\n"])
@@ -1213,7 +1217,7 @@ DEFECTS["event.updated"] = RENAMING
 
 @each("name, step", DEFECTS.items())
 def test_a_defect_of_ours_changes_nothing(capsys, name, step):
-    """It is a 500 for the client, a traceback for stderr; nobody else is told of it."""
+    """500 for the client, a traceback for stderr; who hears of it later, does not."""
     faulty, told, store = [True], [], eventbook.Store()
     with serving(store) as site:
         for change in CREATING, BOOKING:
@@ -1236,7 +1240,7 @@ def test_a_defect_is_told_though_its_client_has_gone(capsys):
         site.call(*CREATING)
         client = site.connect()
         client.sendall(request(*UPDATING[:2], user=1))
-        site.pause()
+        site.settle()
         reset(client)
         gone.set()
         eventually(lambda: "ZeroDivisionError" in capsys.readouterr().err)
@@ -1244,7 +1248,7 @@ def test_a_defect_is_told_though_its_client_has_gone(capsys):
 
 @posix
 def test_what_has_arrived_when_it_is_stopped_is_answered():
-    """Also of those that stand in the queue, and all of it; the idle are dropped."""
+    """Of those that stand in the queue, and all of it; the idle are dropped."""
     with contextlib.ExitStack() as stack:
         with serving(eventbook.Store()) as site:
             idle = stack.enter_context(site.connect())
@@ -1260,7 +1264,7 @@ def test_what_has_arrived_when_it_is_stopped_is_answered():
 
 @linux
 def test_a_full_disk_leaves_whole_lines_until_there_is_room_again(program):
-    """The limit cuts the third line in the middle, and a cancelling too."""
+    """A limit on the size of files cuts a booking's line, and a cancellation's."""
     import resource
 
     program.call(*CREATING)
@@ -1283,14 +1287,15 @@ def test_kill_9_loses_no_confirmed_booking(program):
 
     def book(_):
         with contextlib.suppress(OSError, http.client.HTTPException):
-            while len(confirmed) < 200 or program.process.kill() is None:
+            while True:
                 confirmed.append(program.call(*BOOKING).content["booking"])
+                if len(confirmed) >= 200:
+                    program.process.kill()
 
     together(8, book)
     whole = program.log.read_bytes().rpartition(b"\n")[0].splitlines()
     logged = [json.loads(line)["data"] for line in whole]
     assert [data["id"] for data in logged] == list(range(1, len(logged) + 1))
-    assert len(confirmed) >= 200
     assert all(booking in logged for booking in confirmed)
 
 
@@ -1307,12 +1312,12 @@ def test_a_half_line_is_ended_and_whole_ones_are_kept(tmp_path, held):
     assert json.loads(first)["data"] == json.loads(second)["data"]
 
 
-MOVES = {  # what is done to the log, and how many lines are left of what it held
+MOVES = {  # what is done to the log, and how many lines come before the next two
     "renamed": (lambda log: log.rename(f"{log}.1"), 0),
     "removed": (os.remove, 0),
     "truncated": (lambda log: os.truncate(log, 0), 0),
     "cut in a line": (lambda log: os.truncate(log, log.stat().st_size - 5), 1),
-    "appended to": (lambda log: log.open("a").write("x"), 2),
+    "appended to": (lambda log: log.write_text(log.read_text() + "x"), 2),
 }
 
 
@@ -1327,7 +1332,7 @@ def test_the_log_is_at_its_path(server, call, event, move, lines):
     assert (len(left), rest) == (lines, b"")
 
 
-def test_without_its_folder_nothing_happens(tmp_path):
+def test_without_its_folder_a_booking_is_refused(tmp_path):
     (tmp_path / "logs").mkdir()
     with whole_server(tmp_path / "logs" / "log") as site:
         event = site.call(*CREATING).content
@@ -1336,9 +1341,10 @@ def test_without_its_folder_nothing_happens(tmp_path):
         assert refused[:2] == (503, {"error": "The log cannot be written"})
         assert int(refused.fields["retry-after"]) > 0
         assert site.call(*READING).content == event
-        assert site.call("GET", "/api/bookings", 2).content == site.printed() == []
+        assert site.call("GET", "/api/bookings", 2).content == []
         (tmp_path / "logs").mkdir()
         assert site.call(*BOOKING, Idempotency_Key="k").status == 201
+        assert len(site.printed()) == 1
 
 
 # ---- The command line --------------------------------------------------------
@@ -1411,10 +1417,10 @@ def test_port_is_where_it_listens_and_free_again_at_once(launch):
         assert outcome(site.process) == (0, "", "")
 
 
-@each("port", [free_port(), "x"])
-def test_the_option_wins_over_port(launch, port):
-    """So much that a wrong PORT does not matter then."""
-    assert site_of(launch("-p", "0", "--log", "log", PORT=port)).port != port
+@each("port", ["7", "x"])
+def test_the_option_wins_over_the_variable_port(launch, port):
+    """So much that a wrong one does not matter then."""
+    assert str(site_of(launch("-p", "0", "--log", "log", PORT=port)).port) != port
 
 
 ENDS = [  # options, PORT, exit status, what is in the last line of stderr
@@ -1494,7 +1500,7 @@ def test_a_signal_ends_it_when_what_has_arrived_is_answered(launch, tmp_path, na
     program = site_of(launch("-p", "0", "--log", log, flags=strict))
     long_list(program)
     with program.connect() as idle, stuck_client(program, LIST * 80 + BOOK) as late:
-        program.pause()
+        program.settle()
         program.process.send_signal(getattr(signal, name))
         assert read_to_end(idle) == []
         with pytest.raises(OSError):
@@ -1510,19 +1516,20 @@ def test_a_hang_up_that_was_ignored_at_the_start_is_ignored(launch):
     nohup = ("sh", "-c", 'trap "" HUP; exec "$@"', "sh")
     site = site_of(launch("-p", "0", "--log", "log", shell=nohup))
     site.process.send_signal(signal.SIGHUP)
-    site.pause()
+    for _ in range(100):  # longer than it would take to stop
+        site.settle()
     site.process.terminate()
     assert outcome(site.process) == (0, "", "")
 
 
 @posix
-def test_a_signal_does_not_wait_long_for_512_clients(program):
-    """Idle ones, some that send half a request, some that take nothing."""
+def test_a_signal_does_not_wait_long_for_the_idle_and_the_stuck(program):
+    """Some send nothing, some half a request, and some take nothing."""
     long_list(program)
     with contextlib.ExitStack() as stack:
-        for octets in [b"", CREATE[:-2]] * 250 + [LIST * 80] * 12:
+        for octets in [b"", CREATE[:-2], LIST * 80] * 30:
             stack.enter_context(program.connect()).sendall(octets)
-        program.pause()
+        program.settle()
         program.process.terminate()
         assert outcome(program.process) == (0, "", "")
 
@@ -1531,7 +1538,7 @@ def test_a_signal_does_not_wait_long_for_512_clients(program):
 def test_a_second_ctrl_c_ends_it_at_once(program):
     long_list(program)
     with stuck_client(program), program.connect() as idle:
-        program.pause()
+        program.settle()
         program.process.send_signal(signal.SIGINT)
         assert read_to_end(idle) == []
         program.process.send_signal(signal.SIGINT)
@@ -1574,8 +1581,8 @@ def test_what_is_queued_in_the_end_is_printed_if_it_is_read(program, reads):
     program.process.terminate()
     with pytest.raises(subprocess.TimeoutExpired):
         program.process.wait(0.5)
-    assert not reads or outcome(program.process)[1].count("📧") == 4000
-    assert program.process.wait(4) == 0
+    printed = program.process.stdout.read() if reads else ""
+    assert (program.process.wait(4), printed.count("📧")) == (0, 4000 * reads)
 
 
 # ---- The README --------------------------------------------------------------
@@ -1601,7 +1608,7 @@ def test_the_session_in_the_readme_is_what_happens(program):
     assert outcome(program.process) == (0, *readme(r"^```text\n((?:[^`].*\n)*)"), "")
 
 
-def test_the_routes_in_the_readme_are_the_codes():
+def test_the_routes_in_the_readme_match_the_code():
     shown = readme(r"^\| `([A-Z]+) (\S+)` \| (.*) \| (.*) \|$")
     for route, (method, path, roles, does) in zip(eventbook.ROUTES, shown):
         assert (method, path, does) == (*route[:2], route.does.__doc__)
@@ -1609,7 +1616,7 @@ def test_the_routes_in_the_readme_are_the_codes():
     assert len(shown) == len(eventbook.ROUTES)
 
 
-def test_the_limits_in_the_readme_are_the_codes():
+def test_the_limits_in_the_readme_match_the_code():
     sizes = eventbook.LINE_LIMIT, eventbook.HEADER_LIMIT, eventbook.CONTENT_LIMIT
     assert sizes == (8192, 16384, 65536)
     server = eventbook.Server
