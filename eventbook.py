@@ -54,7 +54,7 @@ USERS = {"1": ORGANIZER, "2": CUSTOMER, "3": CUSTOMER}  # user-id -> role
 Event = namedtuple("Event", "id title date availableTickets etag")
 Booking = namedtuple("Booking", "id eventId customerId")
 # data: what the JSON shows, or that JSON as bytes; fields: of this answer's header
-Answer = namedtuple("Answer", "status data fields", defaults=({},))
+Answer = namedtuple("Answer", "status data fields")
 
 
 class Refusal(Exception):
@@ -400,7 +400,8 @@ class Store(Observable):
 def describe(_store, _request):
     """Say what this is and what it can do."""
     routes = [route._replace(does=route.does.__doc__)._asdict() for route in ROUTES]
-    return Answer(200, {"service": "eventbook", "version": VERSION, "routes": routes})
+    told = {"service": "eventbook", "version": VERSION, "routes": routes}
+    return Answer(200, told, {})
 
 
 Route = namedtuple("Route", "method path roles does message")
@@ -468,7 +469,7 @@ HEADER_LIMIT = 16 * 1024  # octets of all field lines; Node.js's default
 CONTENT_LIMIT = 64 * 1024  # octets; an event, all of it escaped, has less than 3,000
 
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(f'({TOKEN}) ([!"$-~]+) HTTP/([1-9][.][0-9])\r\n')
+REQUEST_LINE = re.compile(f'({TOKEN}) ([!"$-~]+) (HTTP/[1-9][.][0-9])\r\n')
 HEADER = re.compile(f"({TOKEN}:[\t -~\x80-\xff]*\r\n)*\r\n")
 NAME = "([0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"
 AUTHORITY = rf"({NAME}|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\])(:[0-9]{{0,5}})?"
@@ -482,7 +483,7 @@ def parse_request_line(octets):
     match = REQUEST_LINE.fullmatch(octets.decode("latin-1"))
     require(match, 400, "Malformed request line")
     method, target, version = match.groups()
-    require(version in ("1.0", "1.1"), 505, "HTTP/1.0 and HTTP/1.1 are spoken here")
+    require(version in ("HTTP/1.0", "HTTP/1.1"), 505, "HTTP/1.0 and 1.1 are spoken")
     path, _, query = ABSOLUTE_FORM.sub("/", target).partition("?")
     is_target = path.startswith("/") or (method, target) == ("OPTIONS", "*")
     require(is_target, 400, "Invalid request target")
@@ -501,16 +502,17 @@ def parse_header(octets, version):
         # Repeated ones are joined by ", ", which no Host, length, user or key has.
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     host, length = fields.get("host", ""), fields.get("content-length", "0")
-    is_host = re.fullmatch(AUTHORITY, host) or (version == "1.0" and not host)
+    is_host = re.fullmatch(AUTHORITY, host) or (version == "HTTP/1.0" and not host)
     require(is_host, 400, "Exactly one valid Host is needed")
     require(re.fullmatch("[0-9]+", length), 400, "Invalid Content-Length")
     status = 400 if "content-length" in fields else 411
     require("transfer-encoding" not in fields, status, "No Transfer-Encoding is taken")
     length = int(length.lstrip("0")[:9] or 0)  # int() takes 4,300 digits; 9 say enough
     require(length <= CONTENT_LIMIT, 413, "Content too large")
+    is_1_1 = version == "HTTP/1.1"
     options = elements(fields.get("connection", "").lower())
-    persistent = version == "1.1" and "close" not in options
-    expects = version == "1.1" and fields.get("expect", "").lower() == "100-continue"
+    persistent = is_1_1 and "close" not in options
+    expects = is_1_1 and fields.get("expect", "").lower() == "100-continue"
     return types.MappingProxyType(fields), length, persistent, expects
 
 
@@ -549,7 +551,7 @@ class Handler(BaseHTTPRequestHandler):
         except Exception:
             self.close_connection = True
             with contextlib.suppress(OSError):  # or the defect would not be told
-                self.send(Answer(500, {"error": "Internal server error"}))
+                self.send(Answer(500, {"error": "Internal server error"}, {}))
             raise  # for handle_error()
 
     def parse_request(self):
@@ -562,13 +564,13 @@ class Handler(BaseHTTPRequestHandler):
         while line.strip(b"\r\n") and len(octets) <= HEADER_LIMIT + 2:
             line = self.rfile.readline(HEADER_LIMIT)
             octets += line
-        self.header = parse_header(octets, self.request_version)
+        self.headers, *self.framing = parse_header(octets, self.request_version)
         return True
 
     def do_GET(self):
         """Read the content and answer, whatever the method: the routes decide."""
-        fields, length, persistent, expects = self.header
-        asked = self.command, self.path, fields.get("user-id")
+        length, persistent, expects = self.framing
+        asked = self.command, self.path, self.headers.get("user-id")
         if expects:
             admit(*asked)  # who would be refused is not told to continue
             self.handle_expect_100()
@@ -577,7 +579,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = not persistent
         self.server.deadlines[self.connection] = math.inf  # the client waits for us now
         route, id, user = admit(*asked)
-        request = Request(self.query, fields, content, id, user)
+        request = Request(self.query, self.headers, content, id, user)
         self.send(perform(self.server.store, route, request))
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_GET

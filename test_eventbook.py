@@ -351,12 +351,13 @@ def test_a_malformed_user_is_unauthorized(common, user):
 
 
 OLD, NO_KEY = {"If_Match": '"x"'}, {"Idempotency_Key": ""}
+CODED = {"Transfer_Encoding": "chunked"}
 ORDER = [  # most are wrong in several ways; the first in the contract's order wins
-    (411, "", "BREW", "/nowhere", None, None, {"Transfer_Encoding": "x"}),
-    (413, "", "BREW", "/nowhere", None, b"[" * 100_000, {}),
-    (501, "", "BREW", "/nowhere", None, b"!", {}),
+    (411, "No Transfer-Encoding is taken", "BREW", "/x", None, None, CODED),
+    (413, "Content too large", "BREW", "/nowhere", None, b"[" * 100_000, {}),
+    (501, "Not Implemented", "BREW", "/nowhere", None, b"!", {}),
     (404, "Not found", "PATCH", "/nowhere", None, b"!", {}),
-    (405, "", "PATCH", "/api/events", None, b"!", {}),
+    (405, "Method not allowed", "PATCH", "/api/events", None, b"!", {}),
     (401, "Unauthorized", "POST", "/api/events", None, b"!", {}),
     (403, "Access denied", "POST", "/api/events", 2, b"!", {}),
     (400, "Invalid JSON", "PUT", "/api/events/9", 1, b"!", OLD),
@@ -365,7 +366,7 @@ ORDER = [  # most are wrong in several ways; the first in the contract's order w
     (404, "Event not found", "GET", "/api/events/9/bookings?limit=x", 1, None, {}),
     (404, "Booking not found", "DELETE", "/api/bookings/9", 3, b"!", {}),
     (403, "Access denied", "DELETE", "/api/bookings/1", 3, b"!", {}),
-    (412, "", "PUT", "/api/events/1", 1, {"x": 1}, OLD),
+    (412, "Event has changed", "PUT", "/api/events/1", 1, {"x": 1}, OLD),
     (400, "Validation failed", *BOOKING, None, NO_KEY),
     (400, "Booking failed: sold out", *BOOKING, b"!", {}),
 ]
@@ -413,11 +414,11 @@ WRONG = {
     "title": ["", " \t\n", "x" * 201, 5, None, True, ["x"]],
     "availableTickets": [0, -1, 10**9 + 1, True, 3.0, 1e9, "3", None],
     "date": "|2026-02-15\n| 2026-02-15|2026-02-15 19:30|2026-02-30|2026-13-01|2026-2-15"
-    "|20260215|2026-W07-7|0000-01-01|２０２６-02-15|2026-02-15T|2026-02-15T24:00|tomorrow"
-    "|2026-02-15T19|2026-02-15T19:60|2026-02-15T19:30:60|2026-02-15T19:30+25:00|2026-046"
+    "|20260215|2026-W07-7|0000-01-01|２０２６-02-15|2026-02-15T|2026-02-15T24:00|now"
+    "|2026-02-15T19|2026-02-15T19:60|2026-02-15T19:30:60|2026-02-15T19:30+25:00|2026"
     "|2026-02-15t19:30|15.02.2026|2026-02-15Z|2026-02-15T19:30+0100|2025-02-29|2026-02"
-    "|2026-02-15T19:30:00.|2026-02-15T19:30:00,5|2026-02-15T19:30.5|2026-02-15T19:30:00."
-    "1234567890".split("|")
+    "|2026-02-15T19:30:00.|2026-02-15T19:30:00,5|2026-02-15T19:30.5|2026-046"
+    "|2026-02-15T19:30:00.1234567890".split("|")
     + [None, 20260215, []],
 }
 
@@ -897,8 +898,8 @@ LINES = {  # request lines; a Host follows
     505: "GET / HTTP/2.0|GET / HTTP/1.2|GET / HTTP/3.0|GET / HTTP/9.9|PRI * HTTP/2.0",
 }
 FIELDS = {  # field lines, behind or before a Host
-    400: "X : 1|X\t: 1| X: 1|\tX: 1|X|X 1|: 1|X@Y: 1|X(Y): 1|Xä: 1|\xa0X: 1|X/Y: 1|X[:1"
-    '|X,Y: 1|X;Y: 1|=: 1|{X}: 1|"X": 1|X\\: 1|X<: 1| |\t|X: 1\r\n |Host : a|HOST: b'
+    400: "X : 1|X\t: 1| X: 1|\tX: 1|X|X 1|: 1|X@Y: 1|X(Y): 1|Xä: 1|\xa0X: 1|X/Y: 1"
+    '|X[:1|X,Y: 1|X;Y: 1|=: 1|{X}: 1|"X": 1|X\\: 1| |\t|X: 1\r\n |Host : a|HOST: b'
     "|X: \0|X: a\0b|X: \x01|X: \x7f|X: \x1b[31m|X: \x0b|X: \x0c|\0X: 1|X\0: 1|X: a\n b"
     "|X: a\rb|X: a\nb|X: a\nY: b|X: a\rContent-Length: 9|X: a\r|X: a\n|\rX: a|X: a\r\r"
     "|X: a\r\n b|X: a\r\n\tb|X: a\r\n  |Host: a|Host: b|HOST: a|host: a",
@@ -920,9 +921,10 @@ CODINGS = {  # Transfer-Encoding, and what comes behind it
     411: "chunked|Chunked|identity|gzip|chunked, gzip|gzip, chunked|x| |chunked;q=1|,",
 }
 OCTETS = {  # these and nothing else
-    400: "GET / HTTP/1.1\nHost: a\n\n|GET / HTTP/1.1\r\nHost: a\n\r\n|\r\n\r\nGET / HTTP/1.1"
-    "\r\nHost: a\r\n\r\n|GET / HTTP/1.1\r\nHost: a\r\n\n|GET / HTTP/1.1\rHost: a\r\r\n\n"
-    "|GET / HTTP/1.1\r\nHost: \xff\r\n\r\n|" + "\0" * 100 + "\n|" + "\n" * 100,
+    400: "GET / HTTP/1.1\nHost: a\n\n|GET / HTTP/1.1\r\nHost: a\n\r\n"
+    "|\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n|GET / HTTP/1.1\r\nHost: a\r\n\n"
+    "|GET / HTTP/1.1\rHost: a\r\r\n\n|GET / HTTP/1.1\r\nHost: \xff\r\n\r\n"
+    "|" + "\0" * 100 + "\n|" + "\n" * 100,
 }
 
 
@@ -954,7 +956,7 @@ def test_a_malformed_request_is_refused_and_closed(common, octets, status):
 
 SAID = {  # what a refusal tells a person
     b"GET /\r\n\r\n": "Malformed request line",
-    b"GET / HTTP/2.0\r\n\r\n": "HTTP/1.0 and HTTP/1.1 are spoken here",
+    b"GET / HTTP/2.0\r\n\r\n": "HTTP/1.0 and 1.1 are spoken",
     b"GET / HTTP/1.1\r\n\r\n": "Exactly one valid Host is needed",
     b"GET /" + b"x" * 8192: "Request line too long",
     b"x" * 70_000 + b"\n": "Request-URI Too Long|URI Too Long",
@@ -962,11 +964,7 @@ SAID = {  # what a refusal tells a person
     request("GET", "/", " X: 1"): "Malformed field line, or cut short",
     request("GET", "/", "X: " + "x" * 16384): "Header too large",
     request("GET", "/", "Content-Length: x"): "Invalid Content-Length",
-    request("GET", "/", "Content-Length: 65537"): "Content too large",
     request("GET", "/", "Content-Length: 9"): "Content cut short",
-    request("GET", "/", "Transfer-Encoding: x"): "No Transfer-Encoding is taken",
-    request("BREW", "/"): "Not Implemented",
-    request("PUT", UPDATING[1], "If-Match: x", user=1): "Event has changed",
     request("PUT", UPDATING[1], "If-None-Match: *", user=1): "Event has not changed",
 }
 
@@ -1110,7 +1108,7 @@ STATES = [b"", CREATE[:20], CREATE[:-9], LIST, LIST * 80, b"\0\n", b"\0\n" * 50_
 
 @each("octets", STATES, ids=short)
 def test_a_client_that_vanishes_leaves_nothing_behind(server, octets):
-    """Ten reset their connections; none is open after that, and all threads are free."""
+    """Ten reset their connections; then none is open, and all threads are free."""
     long_list(server)
     for _ in range(10):
         client = server.connect()
