@@ -593,8 +593,8 @@ class Handler(BaseHTTPRequestHandler):
         """Write an answer in one piece; send_response() would also name the Python."""
         status, data, fields = answer
         content = data if isinstance(data, bytes) else encode(data)
-        head = f"HTTP/1.1 {status} {self.responses[status][0]}\r\n{STANDING}"
-        head += f"Date: {http_date(int(time.time()), usegmt=True)}\r\n"
+        head = f"{self.protocol_version} {status} {self.responses[status][0]}\r\n"
+        head += f"{STANDING}Date: {http_date(int(time.time()), usegmt=True)}\r\n"
         head += f"{CONTENT}{len(content)}\r\n" if status != 304 else ""
         # A second less than it is kept, or a client may send just when it ends.
         kept = f"Keep-Alive: timeout={self.server.patience - 1:.0f}\r\n"

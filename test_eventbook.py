@@ -124,7 +124,9 @@ def read_to_end(client):
             fields = http.client.parse_headers(file).items()
             fields = {name.lower(): value for name, value in fields}
             content = file.read(int(fields.get("content-length", 0)))
-            found.append(Reply(int(line.split()[1]), content, fields))
+            version, status, _ = line.split(b" ", 2)
+            found.append(Reply(int(status), content, fields))
+            assert version == b"HTTP/1.1"
             check_standing_fields(found[-1])
     return found
 
@@ -534,7 +536,7 @@ HOSTILE = {  # what is wrong, and contents of which this is true
     "Expecting property name": [b"{'title':'x'}", b'{\xef\xbb\xbf"title":"x"}', b"{\0"],
     "Extra data": [BODY + b"x", BODY + BODY],
     "Invalid control character": [b'{"title":"\n"}'],
-    "": [BODY[:-1], b'{"title":"x",}', b'{"x":' + b"9" * 5000 + b"}"],
+    ".*": [BODY[:-1], b'{"title":"x",}', b'{"x":' + b"9" * 5000 + b"}"],
 }
 
 
@@ -547,7 +549,8 @@ def test_a_hostile_body_is_a_bad_request(common, problem, body):
     for step in CREATING[:3], UPDATING:
         refused = common.call(*step, body)
         assert refused.status == 400
-        assert refused.content["error"].startswith(f"Invalid JSON: {problem}")
+        words = f"Invalid JSON: {problem}( [a-z ]+)?(: line .* column .*)?"
+        assert re.fullmatch(words, refused.content["error"])
         assert not re.search("codec|utf-8-sig|sys[.]", refused.content["error"])
 
 
