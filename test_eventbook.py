@@ -532,7 +532,7 @@ HOSTILE = {  # what is wrong, and contents of which this is true
         b'{"x":' * 10_000 + b"1" + b"}" * 10_000,
     ],
     "an object is wanted": [b"[" + BODY + b"]", b'"x"', b"1", b"null"],
-    "Expecting value": [b" \r\n", b"\0", b"title=x&date=2026-02-15"],
+    "Expecting value": [b" \r\n", b"X" + BODY, b"\0", b"title=x&date=2026-02-15"],
     "Expecting property name": [b"{'title':'x'}", b'{\xef\xbb\xbf"title":"x"}', b"{\0"],
     "Extra data": [BODY + b"x", BODY + BODY],
     "Invalid control character": [b'{"title":"\n"}'],
@@ -1447,7 +1447,7 @@ ENDS = [  # options, PORT, exit status, what is in the last line of stderr
     ("--log .", "", 1, "eventbook: cannot write .; name another file with --log ("),
     ("--log no/log", "", 1, "eventbook: cannot write no/log; name another file with"),
     ("--host no.invalid", "", 1, "eventbook: cannot listen on no.invalid:0; try"),
-    ("--host a..b", "", 1, "eventbook: cannot listen on a..b:0; try another --port"),
+    ("--host a..b", "", 1, "cannot listen on a..b:0; try another --port or --host ("),
     ("--host " + "é" * 64, "", 1, "eventbook: cannot listen on éééé"),
 ]
 
@@ -1459,6 +1459,7 @@ def test_wrong_use_and_trouble_end_it(launch, common, options, port, status, las
     process = launch("--log", "log", *["-p", "0"] * (status == 1), *options, PORT=port)
     *usage, line = outcome(process, timeout=20)[2].splitlines()
     assert (process.returncode, bool(usage)) == (status, status == 2)
+    assert line.endswith(")") == (status == 1)
     assert last.format(port=common.port) in f"{line}\n"
 
 
