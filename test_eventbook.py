@@ -813,14 +813,13 @@ def test_a_random_history_is_answered_as_the_model_says(call, three, seed):
 # Many clients over real connections. With the store's lock taken away they all fail.
 
 
-@each("seed", range(2))
-def test_a_history_of_many_clients_is_one_that_the_model_has(server, call, three, seed):
+def test_a_history_of_many_clients_is_one_that_the_model_has(server, call, three):
     """The log says in which order: replayed so, the model makes the same bookings and
     ends with the same events. What was confirmed is what was logged."""
     model, confirmed = Model(), []
 
     def one_client(number):
-        chance = random.Random(f"{seed} {number}")
+        chance = random.Random(number)
         for _ in range(40):
             status, content = act(call, *random_step(chance, 60))
             confirmed.extend([content["booking"]] if status < 300 else [])
@@ -1059,10 +1058,10 @@ def test_no_control_character_of_a_client_is_echoed(common):
 
 # ---- Cruelty -----------------------------------------------------------------
 
-SPLIT = [(201, CREATE), (200, LIST), (401, CREATE.replace(b"user-id", b"X"))]
+SPLIT = [(201, CREATE), (200, LIST), (400, request("GET", "/", "X : 1"))]
 
 
-@each("status, octets", [*SPLIT, (400, request("GET", "/", "X : 1"))], ids=short)
+@each("status, octets", SPLIT, ids=short)
 def test_a_request_split_anywhere_is_answered_the_same(server, status, octets):
     for at in range(1, len(octets)):
         assert statuses(server.talk(octets[:at], octets[at:])) == [status], at
@@ -1267,6 +1266,18 @@ def test_what_has_arrived_when_it_is_stopped_is_answered():
             assert statuses(read_to_end(client)) == [200] * 3
 
 
+def test_idle_and_stuck_clients_do_not_hold_up_the_end(tmp_path):
+    """Some send nothing, some half a request, and some take nothing."""
+    begun = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        with whole_server(tmp_path / "log", grace=0.2) as site:
+            long_list(site)
+            for octets in [b"", CREATE[:-2], LIST * 80] * 30:
+                stack.enter_context(site.connect()).sendall(octets)
+            site.settle()
+        assert time.monotonic() < begun + 5
+
+
 @linux
 def test_a_full_disk_leaves_whole_lines_until_there_is_room_again(program):
     """A limit on the size of files cuts a booking's line, and a cancellation's."""
@@ -1441,8 +1452,8 @@ NO_PORT = "is no port from 0 to 65535\n"
 ENDS = [  # options, PORT, exit status, what is in the last line of stderr
     ("--no-such-option", "", 2, "unrecognized arguments: --no-such-option\n"),
     ("-p", "", 2, "argument -p/--port: expected one argument\n"),
-    *[(f"-p {bad}", "", 2, f"{bad!r} {NO_PORT}") for bad in "x -1 65536 1_0".split()],
-    *[("", bad, 2, f"{bad!r} {NO_PORT}") for bad in ("x", "3000 ", "٣")],
+    *[(f"-p {bad}", "", 2, f"{bad!r} {NO_PORT}") for bad in "x 65536 1_0".split()],
+    *[("", bad, 2, f"{bad!r} {NO_PORT}") for bad in ("-1", "٣")],
     ("-p {port}", "", 1, "cannot listen on 127.0.0.1:{port}; try another --port or"),
     ("--log .", "", 1, "eventbook: cannot write .; name another file with --log ("),
     ("--log no/log", "", 1, "eventbook: cannot write no/log; name another file with"),
@@ -1513,7 +1524,7 @@ def test_it_keeps_to_one_processor_of_those_it_may_use(program):
 def test_a_signal_ends_it_when_what_has_arrived_is_answered(launch, tmp_path, name):
     """Whoever reads late is not cut off, the idle are, what is queued is printed, and
     nothing is left open that Python would warn of."""
-    if signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+    if name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         pytest.skip("it is ignored here, as under nohup")
     strict, log = ("-X", "dev", "-W", "error"), str(tmp_path / "log")
     program = site_of(launch("-p", "0", "--log", log, flags=strict))
@@ -1539,18 +1550,6 @@ def test_a_hang_up_that_was_ignored_at_the_start_is_ignored(launch):
         site.settle()
     site.process.terminate()
     assert outcome(site.process) == (0, "", "")
-
-
-@posix
-def test_a_signal_does_not_wait_long_for_the_idle_and_the_stuck(program):
-    """Some send nothing, some half a request, and some take nothing."""
-    long_list(program)
-    with contextlib.ExitStack() as stack:
-        for octets in [b"", CREATE[:-2], LIST * 80] * 30:
-            stack.enter_context(program.connect()).sendall(octets)
-        program.settle()
-        program.process.terminate()
-        assert outcome(program.process) == (0, "", "")
 
 
 @posix
