@@ -13,8 +13,8 @@ Organizers create and update events, customers list them, book tickets and cance
 
 1. State changes only inside Store, under its lock, and only if no observer objects: a
    booking's line is in the log before the booking exists.
-2. Code above the routes knows no socket, code below them no booking. A Request goes in;
-   a record, an Answer or a Refusal comes out.
+2. Code above the routes knows no socket, the HTTP below them no booking. A Request goes
+   in; a record, an Answer or a Refusal comes out.
 3. A thread serves each connection, and nobody else reads, writes or closes it. To end
    it from outside is to hang up: its thread wakes up, and finds the end.
 """
@@ -131,20 +131,20 @@ class Request(namedtuple("Request", "query fields content id user")):
             value = json.loads(text or "{}")
             encode(value)  # refuses NaN, 1e400 and lone surrogates at any depth
         except (ValueError, RecursionError) as error:
-            others = "not UTF-8, nested too deep, or an impossible number or character"
-            problem = error if isinstance(error, json.JSONDecodeError) else others
+            words = "not UTF-8, nested too deep, or an impossible number or character"
+            problem = error if isinstance(error, json.JSONDecodeError) else words
             raise Refusal(400, f"Invalid JSON: {problem}") from None
         require(isinstance(value, dict), 400, "Invalid JSON: an object is wanted")
         return value
 
     def check_preconditions(self, etag, status):
         """Refuse (412, or status for If-None-Match) as RFC 9110, section 13.2, says."""
-        match = elements(self.fields.get("if-match", "*"))
-        known = match == ["*"] or etag in match  # a weak tag, W/"...", is never known
-        require(known, 412, "Event has changed", {"ETag": etag})
-        none_match = elements(self.fields.get("if-none-match", ""))
-        known = none_match == ["*"] or {etag, f"W/{etag}"} & {*none_match}
-        require(not known, status, "Event has not changed", {"ETag": etag})
+        tags = elements(self.fields.get("if-match", "*"))
+        matches = tags == ["*"] or etag in tags  # a weak tag, W/"...", never does
+        require(matches, 412, "Event has changed", {"ETag": etag})
+        tags = elements(self.fields.get("if-none-match", ""))
+        matches = tags == ["*"] or {etag, f"W/{etag}"} & {*tags}
+        require(not matches, status, "Event has not changed", {"ETag": etag})
 
 
 def elements(value):
@@ -633,7 +633,7 @@ class Server(ThreadingHTTPServer):
         self.pool.submit(self.process_request_thread, request, client_address)
 
     def service_actions(self):
-        """Look for who is overdue; serve_forever() calls this ten times a second."""
+        """Look for who is overdue; serve_forever() calls this, often."""
         now = time.monotonic()
         for connection, deadline in self.deadlines.copy().items():
             if deadline < now:
@@ -704,7 +704,7 @@ def write(text):
 
 def open_store(log_path, notifier):
     """A Store whose bookings and cancellings are logged first; raises OSError."""
-    if log_path == DEFAULT_LOG:  # a folder that is named may be a slip
+    if log_path == DEFAULT_LOG:  # no other folder is made: it may be a slip
         os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
     store, log = Store(), Log(log_path)
     store.on("booking.created", log, notifier.confirm)
