@@ -7,19 +7,22 @@ Organizers create and update events, customers list them, book tickets and cance
 
     event      Event(1, "Tech Conference 2026", "2026-02-15", 3, etag='"5f0c-1"')
     booking    Booking(1, 1, 2): booking 1 is one ticket of event 1 for customer 2
-    operation  Store.book(store, request): what a route does
-    refusal    Refusal(404, "Event not found"): what "refuses (404)" announces
-    deadline   time.monotonic() + 16: when the server hangs up on a slow client
+    operation  Store.book(store, request): what a route calls
+    response   Response(200, {"id": 1}, {"ETag": '"5f0c-1"'}): status, data, headers
+    error      HTTPError(404, "Event not found"): an exception that holds a response
 
-1. State changes only inside Store, under its lock, and only if no observer objects: a
-   booking's line is in the log before the booking exists.
-2. Code above the routes knows no socket, the HTTP below them no booking. A Request goes
-   in; a record, an Answer or a Refusal comes out.
-3. A thread serves each connection, and nobody else reads, writes or closes it. To end
-   it from outside is to hang up: its thread wakes up, and finds the end.
+The path of a request: Server accepts a connection and gives it a thread; Handler parses
+the request, checks the route and the role, and reads the body; dispatch() calls an
+operation of Store; Handler sends the response.
+
+1. State changes only inside Store, under its lock. A booking or a cancellation is in
+   the log before the state changes.
+2. Code above the routes does not touch sockets. Code below them does not know what an
+   event or a booking is.
+3. Only the thread of a connection reads from it, writes to it and closes it. The server
+   can shut the socket down, which makes the recv() or send() of that thread return.
 """
 
-import _thread
 import argparse
 import contextlib
 import email.utils
@@ -35,39 +38,58 @@ import socketserver
 import sys
 import threading
 import time
-import types
 import urllib.parse
 from collections import OrderedDict, defaultdict, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 VERSION = "1.0.0"
-DEFAULT_LOG = os.path.abspath(os.path.join(__file__, "../logs/events.log.jsonl"))
+DEFAULT_LOG = os.path.join(os.path.dirname(__file__), "logs", "events.log.jsonl")
 
 # ---- Records and rules -------------------------------------------------------
-# The nouns, and what is valid. A record never changes: another takes its place.
+# Records are immutable: an update replaces one. Rules say which values are valid.
 
 ORGANIZER, CUSTOMER = "ORGANIZER", "CUSTOMER"
 USERS = {"1": ORGANIZER, "2": CUSTOMER, "3": CUSTOMER}  # user-id -> role
 
-Event = namedtuple("Event", "id title date availableTickets etag")
-Booking = namedtuple("Booking", "id eventId customerId")
-# data: what the JSON shows, or that JSON as bytes; fields: of this answer's header
-Answer = namedtuple("Answer", "status data fields")
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-class Refusal(Exception):
-    """Raised where a request cannot be granted; holds the Answer that says why."""
+class Record:
+    """Adds to a namedtuple its representation as JSON."""
 
-    def __init__(self, status, error, fields=None, **more):
-        self.answer = Answer(status, {"error": error, **more}, fields or {})
+    def members(self):
+        """Return what the JSON shows: all but the ETag, which is sent as a header."""
+        return {k: v for k, v in self._asdict().items() if k != "etag"}
+
+    @functools.cached_property  # A record is encoded once, however often it is listed.
+    def json_text(self):
+        return ENCODER.encode(self.members())
 
 
-def require(condition, status, error, fields=None, **more):
-    """Refuse unless a condition holds."""
+class Event(Record, namedtuple("Event", "id title date availableTickets etag")):
+    pass
+
+
+class Booking(Record, namedtuple("Booking", "id eventId customerId")):
+    pass
+
+
+# The data is an object to encode as JSON, or bytes that are JSON already.
+Response = namedtuple("Response", "status data headers")
+
+
+class HTTPError(Exception):
+    """Ends the processing of a request; `response` is what the client gets."""
+
+    def __init__(self, status, error, headers=None, **members):
+        self.response = Response(status, {"error": error, **members}, headers or {})
+
+
+def require(condition, status, error, headers=None, **members):
+    """Raise HTTPError unless the condition is true."""
     if not condition:
-        raise Refusal(status, error, fields, **more)
+        raise HTTPError(status, error, headers, **members)
 
 
 TIME = r"([01]\d|2[0-3]):[0-5]\d"
@@ -80,124 +102,115 @@ def is_title(value):
 
 
 def is_date(value):
-    with contextlib.suppress(TypeError, ValueError):  # no text; no such day
-        # The pattern first: what else fromisoformat() takes depends on the Python.
-        return DATE.fullmatch(value) and date.fromisoformat(value[:10])
+    with contextlib.suppress(TypeError, ValueError):  # not a string, or no such day
+        # The pattern is checked too: what fromisoformat() accepts varies by version.
+        return bool(DATE.fullmatch(value) and date.fromisoformat(value[:10]))
 
 
-def integer(least, most=math.inf):
-    """A rule for whole numbers, but not True, 3.0 or "3"."""
-    end = f"to {most:,}" if most < math.inf else "up"
-    words = f"an integer from {least:,} {end}"
-    return (lambda value: type(value) is int and least <= value <= most), words
+# A function that tells whether a value is valid, and a description of valid values.
+Rule = namedtuple("Rule", "is_valid description")
 
 
-# Rules by name: a test, and the words for what would pass it.
-CREATE = {
-    "title": (is_title, "text of 1 to 200 characters, not blank"),
-    "date": (is_date, "a real date, like 2026-02-15 or 2026-02-15T19:30"),
+def integer(minimum, maximum=math.inf):
+    """Return a Rule for an int in a range; True, 3.0 and "3" are not valid."""
+    end = f"to {maximum:,}" if maximum < math.inf else "upwards"
+    description = f"must be an integer from {minimum:,} {end}"
+    return Rule(lambda v: type(v) is int and minimum <= v <= maximum, description)
+
+
+CREATE_RULES = {
+    "title": Rule(is_title, "must be a string of 1 to 200 characters, not blank"),
+    "date": Rule(is_date, "must be a date such as 2026-02-15 or 2026-02-15T19:30"),
     "availableTickets": integer(1, 10**9),
 }
-UPDATE = {**CREATE, "availableTickets": integer(0, 10**9)}  # 0: none for sale
-PAGE = {"limit": integer(1, 1000), "offset": integer(0)}
-FLAG = (lambda value: value in ("true", "false"), "true or false")
-EVENT_PAGE = {**PAGE, "available": FLAG}
-IS_KEY = re.compile("[!-~]{1,255}").fullmatch
-KEY = {"Idempotency-Key": (IS_KEY, "1 to 255 visible characters")}
-UNKNOWN = (lambda value: False, "no field of this name is known")
+UPDATE_RULES = {**CREATE_RULES, "availableTickets": integer(0, 10**9)}  # 0 stops sales
+PAGE_RULES = {"limit": integer(1, 1000), "offset": integer(0)}
+FLAG = Rule(lambda value: value in ("true", "false"), "must be true or false")
+EVENT_LIST_RULES = {**PAGE_RULES, "available": FLAG}
+KEY = re.compile("[!-~]{1,255}")
+KEY_RULE = Rule(KEY.fullmatch, "must be 1 to 255 visible ASCII characters")
+UNKNOWN_FIELD = Rule(lambda value: False, "unknown field")
 
 
-def check(values, rules):
-    """Refuse (400) values that fail their rules, or for which there is no rule."""
-    wrong = {}
+def validate(values, rules):
+    """Raise HTTPError (400) if a value breaks its rule or has no rule."""
+    details = {}
     for name, value in values.items():
-        passes, words = rules.get(name, UNKNOWN)
-        if not passes(value):
-            wrong[name] = words
-    require(not wrong, 400, "Validation failed", details=wrong)
+        rule = rules.get(name, UNKNOWN_FIELD)
+        if not rule.is_valid(value):
+            details[name] = rule.description
+    require(not details, 400, "Validation failed", details=details)
 
 
-# ---- Requests and answers ----------------------------------------------------
-# What an operation is given, and how what it returns is shown.
+# ---- Requests and responses --------------------------------------------------
+# What an operation gets, and how lists become JSON.
 
 
-class Request(namedtuple("Request", "query fields content id user")):
-    """The id is the one in the path; the names of fields are in lower case."""
+class Request(namedtuple("Request", "query headers body id user")):
+    """`id` is from the path, `user` from the user-id. Header names are lower-case."""
 
     def json(self):
-        """The content as a dict, empty if there is none; refuses (400)."""
+        """Return the body as a dict, {} if it is empty; raises HTTPError (400)."""
         try:
-            text = self.content.decode().lstrip("\ufeff")  # the mark: RFC 8259, 8.1
-            value = json.loads(text or "{}")
-            encode(value)  # refuses NaN, 1e400 and lone surrogates at any depth
+            value = json.loads(self.body.decode("utf-8-sig") or "{}")
+            encode(value)  # This rejects NaN, 1e400 and lone surrogates.
         except (ValueError, RecursionError) as error:
-            words = "not UTF-8, nested too deep, or an impossible number or character"
-            problem = error if isinstance(error, json.JSONDecodeError) else words
-            raise Refusal(400, f"Invalid JSON: {problem}") from None
-        require(isinstance(value, dict), 400, "Invalid JSON: an object is wanted")
+            reason = "not UTF-8, nested too deeply, or a value that cannot be encoded"
+            reason = error if isinstance(error, json.JSONDecodeError) else reason
+            raise HTTPError(400, f"Invalid JSON: {reason}") from None
+        require(isinstance(value, dict), 400, "The JSON body must be an object")
         return value
 
     def check_preconditions(self, etag, status):
-        """Refuse (412, or status for If-None-Match) as RFC 9110, section 13.2, says."""
-        tags = elements(self.fields.get("if-match", "*"))
-        matches = tags == ["*"] or etag in tags  # a weak tag, W/"...", never does
-        require(matches, 412, "Event has changed", {"ETag": etag})
-        tags = elements(self.fields.get("if-none-match", ""))
-        matches = tags == ["*"] or {etag, f"W/{etag}"} & {*tags}
-        require(not matches, status, "Event has not changed", {"ETag": etag})
+        """Raise HTTPError: 412 if If-Match fails, `status` if If-None-Match does."""
+        if "if-match" in self.headers:
+            tags = split_list(self.headers["if-match"])
+            matches = tags == ["*"] or etag in tags  # A weak tag, W/"1", never matches.
+            require(matches, 412, "Event has changed", {"ETag": etag})
+        if "if-none-match" in self.headers:
+            tags = split_list(self.headers["if-none-match"])
+            matches = tags == ["*"] or etag in tags or f"W/{etag}" in tags
+            require(not matches, status, "Event has not changed", {"ETag": etag})
 
 
-def elements(value):
-    """The elements of a field's value that is a list (RFC 9110, section 5.6.1)."""
-    return re.split("[ \t]*,[ \t]*", value)
-
-
-ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+def split_list(value):
+    """Return the elements of a comma-separated header (RFC 9110, 5.6.1)."""
+    return [element.strip(" \t") for element in value.split(",")]
 
 
 def encode(data):
-    """A line of JSON in UTF-8; raises ValueError or RecursionError if there is none."""
+    """Return a line of JSON as bytes; raises ValueError or RecursionError."""
     return ENCODER.encode(data).encode() + b"\n"
 
 
-def visible(record):
-    """What the JSON of a record shows: all but the ETag, which is a header field."""
-    return {name: value for name, value in record._asdict().items() if name != "etag"}
+NUMBER = re.compile("[0-9]{1,600}")  # int() can be limited to 640 digits.
 
 
-@functools.lru_cache(maxsize=10_000)  # a list changes by a record or two at a time
-def as_text(record):
-    return ENCODER.encode(visible(record))
-
-
-NUMBER = re.compile("[0-9]{1,4000}")  # int() takes no more than 4,300 digits
-
-
-def page(query, rules, records):
-    """The Answer with the part of a list that a query wants; refuses (400)."""
+def paginate(query, rules, records):
+    """Return the Response with the requested part of a list; raises HTTPError (400)."""
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-    wanted = {k: int(v) if NUMBER.fullmatch(v) else v for k, v in pairs if k in rules}
-    check(wanted, rules)
-    if wanted.get("available") == "true":
-        records = [event for event in records if event.availableTickets]
-    part = records[wanted.get("offset", 0) :][: wanted.get("limit")]
-    content = f"[{','.join(map(as_text, part))}]\n".encode()
-    return Answer(200, content, {"X-Total-Count": len(records)})
+    values = {k: int(v) if NUMBER.fullmatch(v) else v for k, v in pairs if k in rules}
+    validate(values, rules)
+    if values.get("available") == "true":
+        records = [event for event in records if event.availableTickets > 0]
+    page = records[values.get("offset", 0) :][: values.get("limit")]
+    body = f"[{','.join([record.json_text for record in page])}]\n".encode()
+    return Response(200, body, {"X-Total-Count": len(records)})
 
 
 # ---- Observers ---------------------------------------------------------------
-# Who must know of a booking, a cancellation or an update hears of it before it happens.
-# What an observer raises prevents it; so those that may raise come first.
+# The store calls its observers before a change. An observer that raises an exception
+# prevents the change, so those that may raise one must be registered first.
 
 
 class Observable:
-    """Tells observers what is about to happen."""
+    """Calls the functions that are registered for a name, such as booking.created."""
 
     def __init__(self):
         self.observers = defaultdict(list)
 
     def on(self, name, *observers):
-        """Call them, as observer(name, data), at each emit(name, data)."""
+        """Register functions, which emit(name, data) calls as observer(name, data)."""
         self.observers[name] += observers
 
     def emit(self, name, data):
@@ -206,37 +219,43 @@ class Observable:
 
 
 class Log:
-    """A JSON Lines file: an appended line survives kill -9, but not a power cut."""
+    """A JSON Lines file. Its lines survive kill -9, but not a power failure."""
 
-    def __init__(self, path):
+    def __init__(self, path, report):
         """Create the file if there is none; raises OSError."""
-        self.path, self.size = path, 0  # the size after our last line
+        self.path, self.report, self.failing = path, report, False
         open(path, "a+b").close()
 
     def __call__(self, name, booking):
-        """Append a line, or take back what was written of it and refuse (503)."""
+        """Append a line. On failure, undo a partial write and raise HTTPError (503)."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         entry = {"event": name, "timestamp": now[:-6] + "Z", "data": booking._asdict()}
         line = encode(entry)
-        # Opened each time, it is the file at the path, whoever moved or cut the last.
-        with contextlib.suppress(OSError), open(self.path, "a+b", buffering=0) as file:
-            size = file.tell()
-            if size not in (0, self.size):  # somebody else wrote: half a line?
-                file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else b"\n" + line
-            if file.write(line) == len(line):
-                self.size = size + len(line)
-                return
-            file.truncate(size)
-        raise Refusal(503, "The log cannot be written", {"Retry-After": "5"})
+        try:
+            # The file is opened for each line, because it may have been renamed.
+            with open(self.path, "a+b", buffering=0) as file:
+                size = file.tell()
+                if size > 0:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # A crash left an incomplete line.
+                        line = b"\n" + line
+                if file.write(line) < len(line):
+                    file.truncate(size)
+                    raise OSError("the disk is full")
+            self.failing = False
+        except OSError as error:
+            if not self.failing:  # An outage is reported once, not for each request.
+                self.report(f"eventbook: cannot write the log: {error}")
+            self.failing, headers = True, {"Retry-After": "5"}
+            raise HTTPError(503, "The log cannot be written", headers) from None
 
 
 class Notifier(threading.Thread):
-    """Prints lines from its own thread, in order; outlives a write(text) that fails."""
+    """Prints lines in order from its own thread, so that no request waits for it."""
 
-    def __init__(self, write):
+    def __init__(self, stream):
         super().__init__(daemon=True)
-        self.write, self.lines = write, queue.SimpleQueue()
+        self.stream, self.lines = stream, queue.SimpleQueue()
 
     def confirm(self, _, booking):
         self.say(f"📧 Booking confirmation email sent for booking {booking.id}")
@@ -246,83 +265,98 @@ class Notifier(threading.Thread):
             self.say(f"🔔 Event update notification sent to customer {customer}")
 
     def say(self, line):
-        """Have a line printed; never waits, never fails."""
+        """Queue a line; never blocks or fails."""
         self.lines.put(line + "\n")
 
     def run(self):
         batch = []
-        while "" not in batch:  # close() sends it
+        while "" not in batch:  # close() queues an empty string.
             batch = [self.lines.get()]
-            time.sleep(0.01)  # waking up for every line would slow bookings down
+            time.sleep(0.01)  # More lines arrive; one write for all of them is faster.
             batch += [self.lines.get() for _ in range(self.lines.qsize())]
             with contextlib.suppress(OSError, ValueError):
-                self.write("".join(batch))
+                write(self.stream, "".join(batch))
 
     def close(self, timeout):
-        """Wait until all is printed, or for so many seconds."""
+        """Wait until all lines are printed, at most `timeout` seconds."""
         self.lines.put("")
         self.join(timeout)
 
 
+def write(stream, text):
+    """Write to the file of a stream, not to its buffer: a flush at exit may fail."""
+    if stream:  # sys.stdout is None if the program was started without it.
+        settings = {"encoding": stream.encoding, "errors": "replace", "closefd": False}
+        with open(stream.fileno(), "w", **settings) as file:
+            file.write(text)
+
+
 # ---- Store -------------------------------------------------------------------
-# All there is, and the operations on it; GET / shows their docstrings.
+# The state, and the operations on it, whose docstrings are shown by GET /.
 
 
 class Store(Observable):
-    """Events and bookings, in memory, for any number of threads."""
+    """Events and bookings in memory, for any number of threads."""
 
     def __init__(self):
         super().__init__()
-        # The law of the lock: one `with` covers a check and its change, and whatever
-        # reads. Observers run under it, so that log lines are in the order of changes.
-        self.lock = threading.RLock()  # reentrant: operations use one another
-        self.nonce = os.urandom(6).hex()  # so that no two runs share an ETag
+        # A thread must hold the lock from a check to the change that depends on it, and
+        # during every read. Observers run under it too, so that log lines are in order.
+        self.lock = threading.RLock()  # It is reentrant: cancel() calls read_booking().
+        self.nonce = os.urandom(6).hex()  # It makes the ETags of two runs differ.
         self.changes = self.last_booking = 0
         self.events = {}  # event id -> Event
-        # The live bookings, each in both dicts and in order of id:
-        self.sold = defaultdict(dict)  # event id -> {booking id -> customer id}
-        self.held = defaultdict(dict)  # customer id -> {booking id -> event id}
+        self.bookings = {}  # booking id -> Booking, without the cancelled ones
+        self.by_event = defaultdict(set)  # event id -> ids of its live bookings
+        self.by_customer = defaultdict(set)  # customer id -> ids of its live bookings
         self.by_key = OrderedDict()  # (customer id, key) -> Booking, cancelled or not
-        self.listed = {}  # the last query for events -> its Answer, until a change
+        self.list_cache = None, None  # the last query of list_events(), the Response
 
     def create(self, request):
-        """Put an event on sale."""
-        given = request.json()
-        values = {name: given.get(name) for name in CREATE}  # others are ignored
-        check(values, CREATE)
+        """Create an event."""
+        body = request.json()
+        # Unknown names are ignored. A misspelt name is an error: its field is missing.
+        values = {name: body.get(name) for name in CREATE_RULES}
+        validate(values, CREATE_RULES)
         with self.lock:
             return self._put(Event(len(self.events) + 1, **values, etag=None))
 
     def update(self, request):
-        """Change an event; the customers with a live booking are told."""
+        """Update an event and notify the customers who have booked it."""
         values = request.json()
         with self.lock:
             event = self._find(request)
             request.check_preconditions(event.etag, status=412)
-            is_same = integer(event.id, event.id)[0]  # not True, not 1.0
-            check(values, {**UPDATE, "id": (is_same, "the id in the path")})
-            # Each once, and even if nothing changes: the assignment says so.
-            self.emit("event.updated", dict.fromkeys(self.sold[event.id].values()))
-            same = event._replace(**values) == event
-            return event if same else self._put(event, **values)
+            description = "must be the id in the path"
+            same_id = Rule(lambda v: type(v) is int and v == event.id, description)
+            # Unknown names are errors, because a misspelt one would be a lost edit.
+            validate(values, {**UPDATE_RULES, "id": same_id})
+            # Each customer is notified once, and even if nothing changes.
+            bookings = self._bookings(self.by_event[event.id])
+            self.emit("event.updated", dict.fromkeys(b.customerId for b in bookings))
+            if event._replace(**values) == event:
+                return event
+            return self._put(event, **values)
 
     def book(self, request):
-        """Book one ticket; with an Idempotency-Key it is safe to ask again."""
-        key = request.fields.get("idempotency-key")
+        """Book one ticket; an Idempotency-Key makes retries safe."""
+        key = request.headers.get("idempotency-key")
         with self.lock:
             event = self._find(request)
             if key is not None:
-                check({"Idempotency-Key": key}, KEY)
+                validate({"Idempotency-Key": key}, {"Idempotency-Key": KEY_RULE})
                 first = self.by_key.get((request.user, key))
                 if first:
-                    require(first.eventId == event.id, 422, "Key of another event")
+                    message = "Idempotency-Key was used for another event"
+                    require(first.eventId == event.id, 422, message)
                     return first
-            require(event.availableTickets, 400, "Booking failed: sold out")
+            require(event.availableTickets > 0, 400, "Booking failed: sold out")
             booking = Booking(self.last_booking + 1, event.id, request.user)
             self.emit("booking.created", booking)
             self.last_booking = booking.id
-            self.sold[event.id][booking.id] = request.user
-            self.held[request.user][booking.id] = event.id
+            self.bookings[booking.id] = booking
+            self.by_event[event.id].add(booking.id)
+            self.by_customer[request.user].add(booking.id)
             if key is not None:
                 self.by_key[request.user, key] = booking
             if len(self.by_key) > 10_000:
@@ -331,80 +365,82 @@ class Store(Observable):
             return booking
 
     def cancel(self, request):
-        """Cancel a booking of one's own; its ticket is free again."""
+        """Cancel your booking and release its ticket."""
         with self.lock:
             booking = self.read_booking(request)
             self.emit("booking.cancelled", booking)
-            del self.sold[booking.eventId][booking.id]
-            del self.held[booking.customerId][booking.id]
+            del self.bookings[booking.id]
+            self.by_event[booking.eventId].remove(booking.id)
+            self.by_customer[booking.customerId].remove(booking.id)
             event = self.events[booking.eventId]
             self._put(event, availableTickets=event.availableTickets + 1)
             return booking
 
     def read_event(self, request):
-        """Read an event."""
+        """Get an event."""
         with self.lock:
             event = self._find(request)
         request.check_preconditions(event.etag, status=304)
         return event
 
     def read_booking(self, request):
-        """Read a booking of one's own."""
+        """Get your booking."""
         with self.lock:
-            owners = [user for user, held in self.held.items() if request.id in held]
-            require(owners, 404, "Booking not found")
-            require(owners == [request.user], 403, "Access denied")
-            event_id = self.held[request.user][request.id]
-            return Booking(request.id, event_id, request.user)
+            booking = self.bookings.get(request.id)
+        require(booking, 404, "Booking not found")
+        require(booking.customerId == request.user, 403, "Access denied")
+        return booking
 
     def list_events(self, request):
-        """List the events; ?available=true leaves out those sold out."""
+        """List events; ?available=true omits those that are sold out."""
         with self.lock:
-            if request.query not in self.listed:
+            if self.list_cache[0] != request.query:
                 events = list(self.events.values())
-                self.listed = {request.query: page(request.query, EVENT_PAGE, events)}
-            return self.listed[request.query]
+                response = paginate(request.query, EVENT_LIST_RULES, events)
+                self.list_cache = request.query, response
+            return self.list_cache[1]
 
     def list_bookings(self, request):
-        """List an event's live bookings."""
+        """List the live bookings of an event."""
         with self.lock:
-            sold = self.sold[self._find(request).id].items()
-            bookings = [Booking(id, request.id, customer) for id, customer in sold]
-        return page(request.query, PAGE, bookings)
+            bookings = self._bookings(self.by_event[self._find(request).id])
+        return paginate(request.query, PAGE_RULES, bookings)
 
-    def list_own(self, request):
-        """List one's own live bookings."""
+    def list_own_bookings(self, request):
+        """List your live bookings."""
         with self.lock:
-            held = self.held[request.user].items()
-            bookings = [Booking(id, event_id, request.user) for id, event_id in held]
-        return page(request.query, PAGE, bookings)
+            bookings = self._bookings(self.by_customer[request.user])
+        return paginate(request.query, PAGE_RULES, bookings)
 
-    # What follows is called with the lock held.
+    # Callers of the following methods must hold the lock.
 
     def _find(self, request):
         require(request.id in self.events, 404, "Event not found")
         return self.events[request.id]
 
+    def _bookings(self, ids):
+        return [self.bookings[id] for id in sorted(ids)]
+
     def _put(self, event, **values):
         self.changes += 1
-        self.listed = {}
+        self.list_cache = None, None
         etag = f'"{self.nonce}-{self.changes}"'
         self.events[event.id] = event._replace(**values, etag=etag)
         return self.events[event.id]
 
 
 # ---- Routes ------------------------------------------------------------------
-# Which role may do what: said in one table, and checked before any operation runs.
+# One table says which role may call which operation. authorize() looks it up.
 
 
 def describe(_store, _request):
-    """Say what this is and what it can do."""
-    routes = [route._replace(does=route.does.__doc__)._asdict() for route in ROUTES]
-    told = {"service": "eventbook", "version": VERSION, "routes": routes}
-    return Answer(200, told, {})
+    """Describe this service and its routes."""
+    routes = [r._replace(operation=r.operation.__doc__)._asdict() for r in ROUTES]
+    data = {"service": "eventbook", "version": VERSION, "routes": routes}
+    return Response(200, data, {})
 
 
-Route = namedtuple("Route", "method path roles does message")
+Route = namedtuple("Route", "method path roles operation message")
 ROUTES = [
     Route("POST", "/api/events", [ORGANIZER], Store.create, None),
     Route("PUT", "/api/events/:id", [ORGANIZER], Store.update, "Event updated"),
@@ -413,270 +449,333 @@ ROUTES = [
     Route("DELETE", "/api/bookings/:id", [CUSTOMER], Store.cancel, "Booking cancelled"),
     Route("GET", "/api/events/:id", [ORGANIZER, CUSTOMER], Store.read_event, None),
     Route("GET", "/api/events/:id/bookings", [ORGANIZER], Store.list_bookings, None),
-    Route("GET", "/api/bookings", [CUSTOMER], Store.list_own, None),
+    Route("GET", "/api/bookings", [CUSTOMER], Store.list_own_bookings, None),
     Route("GET", "/api/bookings/:id", [CUSTOMER], Store.read_booking, None),
     Route("GET", "/", [], describe, None),
 ]
 
 
-def routes_at(path):
-    """{method: Route} for a path; refuses (404)."""
-    routes = {}
+@functools.lru_cache  # Clients make the same request again and again.
+def authorize(method, path, user):
+    """Return (Route, id or None, user id); raises HTTPError (404, 405, 401, 403)."""
+    routes, id = {}, None
     for route in ROUTES:
-        pattern = route.path.rstrip("/").replace(":id", NUMBER.pattern) + "/?"
-        if re.fullmatch(pattern, path):
+        pattern = route.path.rstrip("/").replace(":id", f"({NUMBER.pattern})") + "/?"
+        match = re.fullmatch(pattern, path)
+        if match:
             routes[route.method] = route
+            id = int(match[1]) if ":id" in route.path else None
     require(routes, 404, "Not found")
     if "GET" in routes:
         routes["HEAD"] = routes["GET"]
-    return routes
-
-
-@functools.lru_cache  # a client repeats its requests
-def admit(method, path, user):
-    """(Route, id in the path, user's number); refuses (404, 405, 401, 403)."""
-    routes, ids = routes_at(path), NUMBER.findall(path)
     require(method in routes, 405, "Method not allowed", {"Allow": ", ".join(routes)})
     route = routes[method]
-    if route.roles:
-        require(user in USERS, 401, "Unauthorized", {"WWW-Authenticate": "user-id"})
-        require(USERS[user] in route.roles, 403, "Access denied")
-    return route, (int(ids[0]) if ids else None), (int(user) if route.roles else None)
+    if not route.roles:
+        return route, id, None
+    require(user in USERS, 401, "Unauthorized", {"WWW-Authenticate": "user-id"})
+    require(USERS[user] in route.roles, 403, "Access denied")
+    return route, id, int(user)
 
 
-def perform(store, route, request):
-    """The Answer to a request that was admitted; refuses."""
-    result = route.does(store, request)
-    if isinstance(result, Answer):
+def dispatch(store, route, request):
+    """Call the operation of a route and return its Response; raises HTTPError."""
+    result = route.operation(store, request)
+    if isinstance(result, Response):
         return result
-    kind, data = type(result).__name__.lower(), visible(result)
-    fields = {"ETag": result.etag} if kind == "event" else {}
-    if route.method == "POST":
-        fields["Location"] = f"/api/{kind}s/{result.id}"
+    is_event, data = isinstance(result, Event), result.members()
+    name, headers = ("event", {"ETag": result.etag}) if is_event else ("booking", {})
     if route.message:
-        data = {"message": route.message, kind: data}
-    return Answer(201 if route.method == "POST" else 200, data, fields)
+        data = {"message": route.message, name: data}
+    if route.method == "POST":
+        headers["Location"] = f"/api/{name}s/{result.id}"
+    return Response(201 if route.method == "POST" else 200, data, headers)
 
 
-# ---- The head of a request ---------------------------------------------------
-# The library's own reader hands the header to an e-mail parser, which forgives folded
-# lines, bare line feeds, two lengths, no Host: ways to make two servers differ on where
-# a request ends, or for whom it is (request smuggling). Here the request line must fit
-# one pattern, and the rest of the head another. RFC 9112, sections 2 to 7.
+# ---- Request parsing ---------------------------------------------------------
+# http.server parses headers with the e-mail parser, which accepts folded lines, bare
+# line feeds, two lengths and no Host. Two servers can then disagree on where a request
+# ends, which enables request smuggling. So one pattern must match the request line here
+# and another one the headers (RFC 9112, sections 2 to 7).
 
-LINE_LIMIT = 8 * 1024  # octets of the request line; nginx's default
-HEADER_LIMIT = 16 * 1024  # octets of all field lines; Node.js's default
-CONTENT_LIMIT = 64 * 1024  # octets; an event, all of it escaped, has less than 3,000
+REQUEST_LINE_LIMIT = 8 * 1024  # bytes; nginx's default
+HEADERS_LIMIT = 16 * 1024  # bytes of all header lines; Node.js's default
+BODY_LIMIT = 64 * 1024  # bytes; an event has at most 3,000, with escapes in the JSON
 
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(f'({TOKEN}) ([!"$-~]+) (HTTP/[1-9][.][0-9])\r\n')
-HEADER = re.compile(f"({TOKEN}:[\t -~\x80-\xff]*\r\n)*\r\n")
+HEADERS = re.compile(f"({TOKEN}:[\t -~\x80-\xff]*\r\n)*\r\n")
 NAME = "([0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"
 AUTHORITY = rf"({NAME}|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\])(:[0-9]{{0,5}})?"
 ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
 
 
-@functools.lru_cache  # a client repeats its request lines, and its headers
-def parse_request_line(octets):
-    """(method, path, query, version); refuses (400, 414, 505)."""
-    require(len(octets) <= LINE_LIMIT + 2, 414, "Request line too long")  # 2: its end
-    match = REQUEST_LINE.fullmatch(octets.decode("latin-1"))
+@functools.lru_cache  # Clients send the same request lines and headers again.
+def parse_request_line(line):
+    """Return (method, path, query, version); raises HTTPError (400, 414, 505)."""
+    require(len(line) <= REQUEST_LINE_LIMIT + len("\r\n"), 414, "Request line too long")
+    match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     require(match, 400, "Malformed request line")
     method, target, version = match.groups()
-    require(version in ("HTTP/1.0", "HTTP/1.1"), 505, "HTTP/1.0 and 1.1 are spoken")
+    require(version in ("HTTP/1.0", "HTTP/1.1"), 505, "Use HTTP/1.0 or HTTP/1.1")
     path, _, query = ABSOLUTE_FORM.sub("/", target).partition("?")
-    is_target = path.startswith("/") or (method, target) == ("OPTIONS", "*")
-    require(is_target, 400, "Invalid request target")
+    is_valid = path.startswith("/") or (method, target) == ("OPTIONS", "*")
+    require(is_valid, 400, "Invalid request target")
     return method, path, query, version
 
 
 @functools.lru_cache
-def parse_header(octets, version):
-    """(fields, length, persistent, expects 100); refuses (400, 411, 413, 431)."""
-    text, fields = octets.decode("latin-1"), {}
-    require(len(octets) <= HEADER_LIMIT + 2, 431, "Header too large")
-    require(HEADER.fullmatch(text), 400, "Malformed field line, or cut short")
+def parse_headers(lines, version):
+    """Return (headers, body length, keep alive?, expects 100?) of a request.
+
+    Raises HTTPError (400, 411, 413, 431). The dict is cached: do not change it.
+    """
+    text, values = lines.decode("latin-1"), defaultdict(list)
+    require(len(lines) <= HEADERS_LIMIT + len("\r\n"), 431, "Headers too large")
+    require(HEADERS.fullmatch(text), 400, "Malformed or incomplete header line")
     for line in text.split("\r\n")[:-2]:
         name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
-        # Repeated ones are joined by ", ", which no Host, length, user or key has.
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    host, length = fields.get("host", ""), fields.get("content-length", "0")
-    is_host = re.fullmatch(AUTHORITY, host) or (version == "HTTP/1.0" and not host)
-    require(is_host, 400, "Exactly one valid Host is needed")
+        values[name.lower()].append(value.strip(" \t"))
+    # Repeated headers are joined by ", ", which is never valid in Host, Content-Length,
+    # user-id and Idempotency-Key.
+    headers = {name: ", ".join(parts) for name, parts in values.items()}
+    is_1_1, host = version == "HTTP/1.1", headers.get("host", "")
+    is_valid = re.fullmatch(AUTHORITY, host) or not (host or is_1_1)
+    require(is_valid, 400, "Exactly one valid Host is required")
+    length = headers.get("content-length", "0")
     require(re.fullmatch("[0-9]+", length), 400, "Invalid Content-Length")
-    status = 400 if "content-length" in fields else 411
-    require("transfer-encoding" not in fields, status, "No Transfer-Encoding is taken")
-    length = int(length.lstrip("0")[:9] or 0)  # int() takes 4,300 digits; 9 say enough
-    require(length <= CONTENT_LIMIT, 413, "Content too large")
-    is_1_1 = version == "HTTP/1.1"
-    options = elements(fields.get("connection", "").lower())
-    persistent = is_1_1 and "close" not in options
-    expects = is_1_1 and fields.get("expect", "").lower() == "100-continue"
-    return types.MappingProxyType(fields), length, persistent, expects
+    status = 400 if "content-length" in headers else 411  # 400: it may be an attack.
+    require("transfer-encoding" not in headers, status, "Transfer-Encoding unsupported")
+    length = int(length.lstrip("0")[:9] or 0)  # Nine digits exceed the limit already.
+    require(length <= BODY_LIMIT, 413, "Body too large")
+    options = split_list(headers.get("connection", "").lower())
+    expects_100 = is_1_1 and headers.get("expect", "").lower() == "100-continue"
+    return headers, length, is_1_1 and "close" not in options, expects_100
 
 
 # ---- Connections -------------------------------------------------------------
-# A thread each. It may wait for its client without a timer of its own, because the
-# server knows by when each must be done, and hangs up on those that are not.
+# Handler serves one connection. Its thread waits for the client without a timeout,
+# because Server drops the connections that are idle for too long.
 
-CONTENT = "Content-Type: application/json; charset=utf-8\r\nContent-Length: "
-STANDING = "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
-http_date = functools.lru_cache(email.utils.formatdate)
-
-
-def hang_up(connection, how=socket.SHUT_RDWR):
-    """Wake the thread of a connection: it finds the end, or cannot send any more."""
-    with contextlib.suppress(OSError):  # it has ended by itself
-        connection.shutdown(how)
+http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A connection, from its first request to its last answer."""
+    """Serves the requests of one connection.
+
+    For each request the base class reads the request line and calls parse_request(). If
+    that returns True, it calls do_GET(), do_POST() and so on, which all are respond(),
+    or send_error() for an unknown method. If close_connection is False, it goes on.
+    """
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or the second of two answers waits for 40 ms
-
-    def handle_one_request(self):
-        """Have the base call parse_request() and do_X(); answer what they raise."""
-        self.close_connection, self.command = True, None  # until the request is read
-        try:
-            super().handle_one_request()
-        except Refusal as refusal:
-            self.send(refusal.answer)
-            if self.close_connection:  # close() would take it back if more has come
-                hang_up(self.connection, socket.SHUT_WR)
-                while self.connection.recv(64 * 1024):  # RFC 9112, section 9.6
-                    pass
-        except Exception:
-            self.close_connection = True
-            with contextlib.suppress(OSError):  # or the defect would not be told
-                self.send(Answer(500, {"error": "Internal server error"}, {}))
-            raise  # for handle_error()
+    disable_nagle_algorithm = True  # It would delay a pipelined response by 40 ms.
 
     def parse_request(self):
-        """Read the head strictly; refuses."""
-        if self.raw_requestline == b"\r\n":  # RFC 9112, 2.2: one in front is skipped
-            self.raw_requestline = self.rfile.readline(LINE_LIMIT + 3)
-        line = parse_request_line(self.raw_requestline)
-        self.command, self.path, self.query, self.request_version = line
-        octets = line = self.rfile.readline(HEADER_LIMIT)
-        while line.strip(b"\r\n") and len(octets) <= HEADER_LIMIT + 2:
-            line = self.rfile.readline(HEADER_LIMIT)
-            octets += line
-        self.headers, *self.framing = parse_header(octets, self.request_version)
-        return True
+        """Parse the request line and the headers; return False if they are invalid."""
+        self.close_connection, self.command = True, None  # in case of an error
+        if self.raw_requestline == b"\r\n":  # An empty line is skipped: RFC 9112, 2.2.
+            self.raw_requestline = self.rfile.readline(REQUEST_LINE_LIMIT + 3)
+            if not self.raw_requestline:
+                return False
+        try:
+            request_line = parse_request_line(self.raw_requestline)
+            self.command, self.path, self.query, self.request_version = request_line
+            line, lines = None, bytearray()
+            while line not in (b"\r\n", b"\n", b"") and len(lines) <= HEADERS_LIMIT + 2:
+                line = self.rfile.readline(HEADERS_LIMIT)
+                lines += line
+            headers = parse_headers(bytes(lines), self.request_version)
+            self.headers, self.length, self.keep_alive, self.expects_100 = headers
+            return True
+        except HTTPError as error:
+            self.send(error.response)
+            return False
 
-    def do_GET(self):
-        """Read the content and answer, whatever the method: the routes decide."""
-        length, persistent, expects = self.framing
-        asked = self.command, self.path, self.headers.get("user-id")
-        if expects:
-            admit(*asked)  # who would be refused is not told to continue
+    def respond(self):
+        """Send the response to a request of any method; the routes know the methods."""
+        try:
+            response = self.perform()
+        except HTTPError as error:
+            response = error.response
+        except Exception:  # a bug
+            self.server.handle_error(self.connection, self.client_address)
+            self.close_connection = True
+            response = HTTPError(500, "Internal server error").response
+        self.send(response)
+
+    def perform(self):
+        """Check the role, read the body and return the response; raises HTTPError."""
+        # After an error the body is left unread. It must not become the next request.
+        self.close_connection = self.length > 0 or not self.keep_alive
+        user = self.headers.get("user-id")
+        route, id, user = authorize(self.command, self.path, user)
+        if self.expects_100:
             self.handle_expect_100()
-        content = self.rfile.read(length)
-        require(len(content) == length, 400, "Content cut short")
-        self.close_connection = not persistent
-        self.server.deadlines[self.connection] = math.inf  # the client waits for us now
-        route, id, user = admit(*asked)
-        request = Request(self.query, self.headers, content, id, user)
-        self.send(perform(self.server.store, route, request))
+        body = self.rfile.read(self.length)
+        require(len(body) == self.length, 400, "Incomplete body")
+        self.close_connection = not self.keep_alive
+        self.server.claim(self.connection)  # The server must not drop it from now on.
+        request = Request(self.query, self.headers, body, id, user)
+        return dispatch(self.server.store, route, request)
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_GET
-    do_CONNECT = do_OPTIONS = do_TRACE = do_GET
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = respond
+    do_CONNECT = do_OPTIONS = do_TRACE = respond
 
     def send_error(self, code, message=None, explain=None):
-        """What the base class refuses by itself: 414, and 501 before any content."""
-        raise Refusal(code, self.responses[code][0])
+        """Send an error that the base class detects: 414, or 501 for the method."""
+        self.close_connection = True
+        self.send(HTTPError(code, self.responses[code][0]).response)
 
-    def send(self, answer):
-        """Write an answer in one piece; send_response() would also name the Python."""
-        status, data, fields = answer
-        content = data if isinstance(data, bytes) else encode(data)
-        head = f"{self.protocol_version} {status} {self.responses[status][0]}\r\n"
-        head += f"{STANDING}Date: {http_date(int(time.time()), usegmt=True)}\r\n"
-        head += f"{CONTENT}{len(content)}\r\n" if status != 304 else ""
-        # A second less than it is kept, or a client may send just when it ends.
-        kept = f"Keep-Alive: timeout={self.server.patience - 1:.0f}\r\n"
-        head += "Connection: close\r\n" if self.close_connection else kept
-        head += "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
-        content = b"" if self.command == "HEAD" or status == 304 else content
-        self.server.deadlines[self.connection] = time.monotonic() + self.server.patience
-        self.wfile.write(f"{head}\r\n".encode() + content)
+    def send(self, response):
+        """Send a response with one write(), which is faster than send_header()."""
+        status, data, headers = response
+        body = data if isinstance(data, bytes) else encode(data)
+        self.close_connection = self.close_connection or self.server.is_full()
+        # The client is told one second less, or it might send while the server closes.
+        keep_alive = f"Keep-Alive: timeout={self.server.client_timeout - 1:.0f}"
+        lines = [
+            f"HTTP/1.1 {status} {self.responses[status][0]}",
+            f"Date: {http_date(int(time.time()), usegmt=True)}",
+            "Cache-Control: no-store",
+            "X-Content-Type-Options: nosniff",
+            "Connection: close" if self.close_connection else keep_alive,
+        ]
+        if status != 304:
+            lines.append("Content-Type: application/json; charset=utf-8")
+            lines.append(f"Content-Length: {len(body)}")
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        head = "\r\n".join(lines) + "\r\n\r\n"
+        body = b"" if status == 304 or self.command == "HEAD" else body
+        self.server.wait_for_client(self.connection)  # A client may be slow to read.
+        self.wfile.write(head.encode() + body)
+
+    def finish(self):
+        """Wait for the client to close: a reset could discard its response."""
+        super().finish()
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)  # RFC 9112, section 9.6
+            while self.connection.recv(64 * 1024):
+                pass
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections, and hangs up on those that keep it waiting."""
+    """Accepts connections, gives each a thread, and drops clients that are idle.
 
-    allow_reuse_address = os.name == "posix"  # elsewhere two servers would share a port
-    server_bind = socketserver.TCPServer.server_bind  # HTTPServer's own asks the DNS
-    connection_limit = request_queue_size = 512  # as many as an nginx worker has
-    patience = 16.0  # seconds to take an answer and send the next request, whole
-    grace = 2.0  # seconds to take an answer when the server stops
+    A connection is idle while the server waits for its client, to send a request or to
+    read a response. The thread of a connection calls claim() before it performs a
+    request. After that the server does not drop the client, and a request of a client
+    that was dropped is not performed.
+    """
+
+    allow_reuse_address = os.name == "posix"  # On Windows, two servers could share it.
+    server_bind = socketserver.TCPServer.server_bind  # HTTPServer's makes a DNS lookup.
+    connection_limit = 512  # as many as a worker of nginx
+    request_queue_size = 4096  # clients waiting to be accepted; Linux allows no more
+    client_timeout = 16.0  # seconds that a client may be idle
+    idle_timeout = 1.0  # the same while other clients are waiting to be accepted
+    shutdown_timeout = 2.0  # seconds to answer the last requests when the server stops
 
     def __init__(self, address, store):
-        """Listen; raises OSError, or TypeError if the host cannot be encoded."""
+        """Bind and listen; raises OSError, OverflowError (port) or TypeError (host)."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.store, self.deadlines = store, {}  # connection -> when to hang up
-        self.pool = ThreadPoolExecutor(self.connection_limit)
+        self.store, self.lock = store, threading.Lock()  # The lock guards these two:
+        self.connections, self.idle_since = set(), {}  # idle_since: connection -> time
+        self.accepted, self.free_threads = queue.SimpleQueue(), threading.Semaphore(0)
+        files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
+        if files > 0:  # The log, the console and closing connections need 24 of them.
+            self.connection_limit = max(8, min(self.connection_limit, files - 24))
         super().__init__(address, Handler)
 
-    def process_request(self, request, client_address):
-        """Give a connection a thread, and if need be the room of another."""
-        self.deadlines[request] = time.monotonic() + self.patience
-        while len(self.deadlines) > self.connection_limit:
-            deadlines = self.deadlines.copy()
-            first_due = min(deadlines, key=deadlines.get)
-            self.deadlines.pop(first_due, None)
-            hang_up(first_due)
-        # To start a thread, as the base does here, takes longer than most answers.
-        self.pool.submit(self.process_request_thread, request, client_address)
+    def is_full(self):
+        return len(self.connections) >= self.connection_limit
+
+    def wait_for_client(self, connection):
+        with self.lock:
+            self.idle_since[connection] = time.monotonic()
+
+    def claim(self, connection):
+        """Note that a connection is busy; raises HTTPError (408) if it was dropped."""
+        with self.lock:
+            require(self.idle_since.pop(connection, None), 408, "Request timed out")
+
+    def drop_idle(self, seconds):
+        """Drop the client that is idle longest; return False if none is for so long."""
+        with self.lock:
+            connection = min(self.idle_since, key=self.idle_since.get, default=None)
+            limit = time.monotonic() - seconds
+            if connection is None or self.idle_since[connection] > limit:
+                return False
+            del self.idle_since[connection]
+            self.connections.discard(connection)
+        with contextlib.suppress(OSError):  # The client has disconnected already.
+            connection.shutdown(socket.SHUT_RDWR)
+        return True
 
     def service_actions(self):
-        """Look for who is overdue; serve_forever() calls this, often."""
-        now = time.monotonic()
-        for connection, deadline in self.deadlines.copy().items():
-            if deadline < now:
-                hang_up(connection)
+        """Drop clients that are idle too long; serve_forever() calls this regularly."""
+        while self.drop_idle(self.client_timeout):
+            pass
+
+    def get_request(self):
+        """Accept a connection; raises OSError, which the base class ignores, if full."""
+        try:
+            if self.is_full():
+                raise BlockingIOError
+            return super().get_request()
+        except OSError:  # Either it is full, or the system has no descriptor left.
+            if not self.drop_idle(self.idle_timeout):
+                time.sleep(0.005)
+            raise
+
+    def process_request(self, request, client_address):
+        """Give a connection to a free thread, or to a new one if none is free."""
+        self.connections.add(request)
+        self.wait_for_client(request)
+        if self.free_threads.acquire(blocking=False):
+            self.accepted.put((request, client_address))
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:  # The system has no thread left.
+            raise ConnectionAbortedError from error  # The base class disconnects.
+
+    def process_request_thread(self, *connection):
+        """Serve one connection after another: starting a thread takes longer."""
+        while connection:  # server_close() queues an empty tuple.
+            super().process_request_thread(*connection)
+            self.free_threads.release()
+            connection = self.accepted.get()
 
     def close_request(self, request):
-        self.deadlines.pop(request, None)
+        with self.lock:
+            self.connections.discard(request)
+            self.idle_since.pop(request, None)
         super().close_request(request)
 
     def handle_error(self, request, client_address):
-        """Tell stderr of a defect, but not of a client that has gone."""
-        if not isinstance(sys.exc_info()[1], OSError):
+        """Print the traceback of a bug, but nothing if a client has disconnected."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
     def server_close(self):
-        """Answer the requests that have arrived, and no others; wait for `grace`."""
-        self.socket.settimeout(0.01)
-        with contextlib.suppress(OSError):  # until nobody stands in the queue
-            for _ in range(self.request_queue_size):
-                self.process_request(*self.get_request())
+        """Stop listening, and wait for the responses to requests that have arrived."""
         super().server_close()
-        for connection in self.deadlines.copy():
-            hang_up(connection, socket.SHUT_RD)
-        end = time.monotonic() + self.grace
-        while self.deadlines and time.monotonic() < end:
+        for connection in self.connections.copy():
+            with contextlib.suppress(OSError):  # The client has disconnected already.
+                connection.shutdown(socket.SHUT_RD)
+        deadline = time.monotonic() + self.shutdown_timeout
+        while self.connections and time.monotonic() < deadline:
             time.sleep(0.01)
-        for connection in self.deadlines.copy():
-            hang_up(connection)
-        self.pool.shutdown()
+        while self.free_threads.acquire(blocking=False):
+            self.accepted.put(())
 
 
-# ---- The command line --------------------------------------------------------
-# Where the parts are put together: main() is the whole program on one screen.
+# ---- Command line ------------------------------------------------------------
+# main() connects the parts.
 
 
-def port_number(text):
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port from 0 to 65535")
-    return int(text)
-
-
-def parse_options():
-    """What the command line and PORT say; exits with 2 if that is wrong."""
+def parse_options(arguments):
+    """Return the options; exits with status 2 if they or PORT are invalid."""
     users = "".join(f"  user-id: {user}  {role}\n" for user, role in USERS.items())
     example = "  curl -H 'user-id: 2' http://localhost:3000/api/events"
     parser = argparse.ArgumentParser(
@@ -684,76 +783,83 @@ def parse_options():
         epilog=f"users:\n{users}\nexample:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    option, default = parser.add_argument, "default: %(default)s"
+    port_help = "port to listen on, 0 for any free port (default: $PORT, or else 3000)"
     port = os.environ.get("PORT") or "3000"
-    option = parser.add_argument
-    words = "where to listen, 0 for any free port (default: $PORT, or else 3000)"
-    option("-p", "--port", type=port_number, default=port, help=words)
-    option("--host", default="127.0.0.1", help="default: %(default)s")
-    option("--log", metavar="FILE", default=DEFAULT_LOG, help="default: %(default)s")
+    option("-p", "--port", type=int, default=port, help=port_help)
+    option("--host", default="127.0.0.1", help=default)
+    option("--log", metavar="FILE", default=DEFAULT_LOG, help=default)
     option("--version", action="version", version=f"eventbook {VERSION}")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def write(text):
-    """Print, past stdout's buffer, so that nothing is left to fail at the exit."""
-    if sys.stdout:  # None if the program was started without one
-        how = {"encoding": sys.stdout.encoding, "errors": "replace", "closefd": False}
-        with open(sys.stdout.fileno(), "w", **how) as console:
-            console.write(text)
-
-
-def open_store(log_path, notifier):
-    """A Store whose bookings and cancellings are logged first; raises OSError."""
-    if log_path == DEFAULT_LOG:  # no other folder is made: it may be a slip
+def open_store(log_path, notifier, problems):
+    """Return a Store with its observers; raises OSError if the log is not writable."""
+    if log_path == DEFAULT_LOG:  # A missing folder of another path may be a typo.
         os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
-    store, log = Store(), Log(log_path)
+    store, log = Store(), Log(log_path, problems.say)
     store.on("booking.created", log, notifier.confirm)
     store.on("booking.cancelled", log)
     store.on("event.updated", notifier.announce)
     return store
 
 
-def keep_to_one_processor():
-    """Python runs one thread at a time; to hand its lock to a thread that waits on
-    another processor takes longer than most answers (the README has the figures)."""
-    with contextlib.suppress(AttributeError, OSError):  # Linux has it, few others have
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+def pin_to_one_cpu():
+    """Keep the process on one CPU: handing Python's lock to another one takes long."""
+    if getattr(sys, "_is_gil_enabled", lambda: True)():
+        with contextlib.suppress(AttributeError, OSError):  # Not Linux, or forbidden.
+            cpus = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})
 
 
-def stop_by_signal(server):
-    """Have SIGINT, SIGTERM and SIGHUP shut a server down, a second SIGINT kill it."""
+def install_signal_handlers():
+    """Have SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has no SIGHUP; nohup ignores it.
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
 
     def stop(_number, _frame):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        # A bare thread: what a signal interrupts may hold a lock of threading's.
-        _thread.start_new_thread(server.shutdown, ())
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)  # The program is stopping already.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # A second Ctrl-C kills it.
+        raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none, nohup has it ignored
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
-        signal.signal(hangup, stop)
+    for number in numbers:
+        signal.signal(number, stop)
 
 
-def main():
-    options, notifier = parse_options(), Notifier(write)
-    host, port = options.host, options.port
+def main(arguments=None):
+    options = parse_options(arguments)
+    host, port = options.host or "127.0.0.1", options.port
+    notifier, problems = Notifier(sys.stdout), Notifier(sys.stderr)
     try:
-        advice = f"cannot write {options.log}; name another file with --log"
-        store = open_store(options.log, notifier)
-        advice = f"cannot listen on {host}:{port}; try another --port or --host"
+        store = open_store(options.log, notifier, problems)
+    except OSError as error:
+        sys.exit(f"eventbook: cannot write {options.log} ({error}); change --log")
+    try:
         server = Server((host, port), store)
-    except (OSError, TypeError) as error:
-        sys.exit(f"eventbook: {advice} ({error})")
-    keep_to_one_processor()
-    stop_by_signal(server)
-    host = "localhost" if host in ("127.0.0.1", "") else host
-    host = f"[{host}]" if ":" in host else host
-    notifier.say(f"eventbook listens on http://{host}:{server.server_address[1]}")
+    except (OSError, OverflowError, TypeError) as error:
+        problem = f"cannot listen on {host}:{port} ({error})"
+        sys.exit(f"eventbook: {problem}; change --port or --host")
+    pin_to_one_cpu()
+    threading.stack_size(2 * 1024**2)  # With 1 MiB, nested JSON crashes Python 3.13.
     notifier.start()
-    server.serve_forever(poll_interval=0.1)
+    problems.start()
+    threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
+    host = "localhost" if host == "127.0.0.1" else host
+    host = f"[{host}]" if ":" in host else host
+    with contextlib.suppress(KeyboardInterrupt):
+        install_signal_handlers()
+        notifier.say(
+            f"eventbook is listening on http://{host}:{server.server_address[1]}"
+        )
+        while True:
+            time.sleep(0.5)
+    server.shutdown()
     server.server_close()
-    notifier.close(timeout=2)
+    notifier.close(timeout=1)
+    problems.close(timeout=1)
 
 
 if __name__ == "__main__":
