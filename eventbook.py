@@ -152,10 +152,11 @@ class Request(namedtuple("Request", "query headers body id user")):
     def json(self):
         """Return the body as a dict, {} if it is empty; raises HTTPError (400)."""
         try:
-            value = json.loads(self.body.decode("utf-8-sig") or "{}")
+            text = self.body.decode().lstrip("\ufeff")  # a byte order mark
+            value = json.loads(text or "{}")
             encode(value)  # This rejects NaN, 1e400 and lone surrogates.
         except (ValueError, RecursionError) as error:
-            reason = "not UTF-8, nested too deeply, or a value that cannot be encoded"
+            reason = "not UTF-8, nested too deeply, or an invalid number or character"
             reason = error if isinstance(error, json.JSONDecodeError) else reason
             raise HTTPError(400, f"Invalid JSON: {reason}") from None
         require(isinstance(value, dict), 400, "The JSON body must be an object")
@@ -556,6 +557,8 @@ def parse_headers(lines, version):
 # Handler serves one connection. Its thread waits for the client without a timeout,
 # because Server drops the connections that are idle for too long.
 
+COMMON_HEADERS = ["Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
+CONTENT_TYPE = "Content-Type: application/json; charset=utf-8"
 http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 
@@ -636,18 +639,15 @@ class Handler(BaseHTTPRequestHandler):
         lines = [
             f"HTTP/1.1 {status} {self.responses[status][0]}",
             f"Date: {http_date(int(time.time()), usegmt=True)}",
-            "Cache-Control: no-store",
-            "X-Content-Type-Options: nosniff",
             "Connection: close" if self.close_connection else keep_alive,
+            *COMMON_HEADERS,
+            *[f"{name}: {value}" for name, value in headers.items()],
         ]
         if status != 304:
-            lines.append("Content-Type: application/json; charset=utf-8")
-            lines.append(f"Content-Length: {len(body)}")
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        head = "\r\n".join(lines) + "\r\n\r\n"
+            lines += [CONTENT_TYPE, f"Content-Length: {len(body)}"]
         body = b"" if status == 304 or self.command == "HEAD" else body
         self.server.wait_for_client(self.connection)  # A client may be slow to read.
-        self.wfile.write(head.encode() + body)
+        self.wfile.write("\r\n".join([*lines, "", ""]).encode() + body)
 
     def finish(self):
         """Wait for the client to close: a reset could discard its response."""
@@ -717,7 +717,7 @@ class Server(ThreadingHTTPServer):
             pass
 
     def get_request(self):
-        """Accept a connection; raises OSError, which the base class ignores, if full."""
+        """Accept a connection; raises OSError, which the base ignores, if full."""
         try:
             if self.is_full():
                 raise BlockingIOError
@@ -847,13 +847,12 @@ def main(arguments=None):
     notifier.start()
     problems.start()
     threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
-    host = "localhost" if host == "127.0.0.1" else host
-    host = f"[{host}]" if ":" in host else host
+    name = "localhost" if host == "127.0.0.1" else host
+    name = f"[{name}]" if ":" in name else name
+    port = server.server_address[1]
     with contextlib.suppress(KeyboardInterrupt):
         install_signal_handlers()
-        notifier.say(
-            f"eventbook is listening on http://{host}:{server.server_address[1]}"
-        )
+        notifier.say(f"eventbook is listening on http://{name}:{port}")
         while True:
             time.sleep(0.5)
     server.shutdown()
