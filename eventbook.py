@@ -741,10 +741,11 @@ class Server(ThreadingHTTPServer):
 
     def process_request_thread(self, *connection):
         """Serve one connection after another: starting a thread takes longer."""
-        while connection:  # server_close() queues an empty tuple.
+        while connection:
             super().process_request_thread(*connection)
             self.free_threads.release()
             connection = self.accepted.get()
+        self.accepted.put(())  # The next thread ends too.
 
     def close_request(self, request):
         with self.lock:
@@ -766,8 +767,7 @@ class Server(ThreadingHTTPServer):
         deadline = time.monotonic() + self.shutdown_timeout
         while self.connections and time.monotonic() < deadline:
             time.sleep(0.01)
-        while self.free_threads.acquire(blocking=False):
-            self.accepted.put(())
+        self.accepted.put(())  # It ends a thread that waits for a connection.
 
 
 # ---- Command line ------------------------------------------------------------
