@@ -102,7 +102,9 @@ def is_title(value):
 
 
 def is_date(value):
-    with contextlib.suppress(TypeError, ValueError):  # not a string, or no such day
+    with contextlib.suppress(
+        TypeError, ValueError
+    ):  # The value is no string, or no such day.
         # The pattern is checked too: what fromisoformat() accepts varies by version.
         return bool(DATE.fullmatch(value) and date.fromisoformat(value[:10]))
 
@@ -123,7 +125,10 @@ CREATE_RULES = {
     "date": Rule(is_date, "must be a date such as 2026-02-15 or 2026-02-15T19:30"),
     "availableTickets": integer(1, 10**9),
 }
-UPDATE_RULES = {**CREATE_RULES, "availableTickets": integer(0, 10**9)}  # 0 stops sales
+UPDATE_RULES = {
+    **CREATE_RULES,
+    "availableTickets": integer(0, 10**9),
+}  # 0 stops the sale
 PAGE_RULES = {"limit": integer(1, 1000), "offset": integer(0)}
 FLAG = Rule(lambda value: value in ("true", "false"), "must be true or false")
 EVENT_LIST_RULES = {**PAGE_RULES, "available": FLAG}
@@ -152,9 +157,9 @@ class Request(namedtuple("Request", "query headers body id user")):
     def json(self):
         """Return the body as a dict, {} if it is empty; raises HTTPError (400)."""
         try:
-            text = self.body.decode().lstrip("\ufeff")  # a byte order mark
+            text = self.body.decode().lstrip("\ufeff")  # \ufeff is a byte order mark.
             value = json.loads(text or "{}")
-            encode(value)  # This rejects NaN, 1e400 and lone surrogates.
+            encode(value)  # encode() rejects NaN, 1e400 and lone surrogates.
         except (ValueError, RecursionError) as error:
             reason = "not UTF-8, nested too deeply, or an invalid number or character"
             reason = error if isinstance(error, json.JSONDecodeError) else reason
@@ -223,7 +228,7 @@ class Log:
     """A JSON Lines file. Its lines survive kill -9, but not a power failure."""
 
     def __init__(self, path, report):
-        """Create the file if there is none; raises OSError."""
+        """Create the log file if it does not exist; raises OSError."""
         self.path, self.report, self.failing = path, report, False
         open(path, "a+b").close()
 
@@ -273,7 +278,7 @@ class Notifier(threading.Thread):
         batch = []
         while "" not in batch:  # close() queues an empty string.
             batch = [self.lines.get()]
-            time.sleep(0.01)  # More lines arrive; one write for all of them is faster.
+            time.sleep(0.01)  # One write for all lines that arrive meanwhile is faster.
             batch += [self.lines.get() for _ in range(self.lines.qsize())]
             with contextlib.suppress(OSError, ValueError):
                 write(self.stream, "".join(batch))
@@ -303,15 +308,19 @@ class Store(Observable):
         super().__init__()
         # A thread must hold the lock from a check to the change that depends on it, and
         # during every read. Observers run under it too, so that log lines are in order.
-        self.lock = threading.RLock()  # It is reentrant: cancel() calls read_booking().
-        self.nonce = os.urandom(6).hex()  # It makes the ETags of two runs differ.
+        self.lock = (
+            threading.RLock()
+        )  # reentrant, because cancel() calls read_booking()
+        self.nonce = os.urandom(
+            6
+        ).hex()  # The nonce makes the ETags of two runs differ.
         self.changes = self.last_booking = 0
         self.events = {}  # event id -> Event
         self.bookings = {}  # booking id -> Booking, without the cancelled ones
         self.by_event = defaultdict(set)  # event id -> ids of its live bookings
         self.by_customer = defaultdict(set)  # customer id -> ids of its live bookings
-        self.by_key = OrderedDict()  # (customer id, key) -> Booking, cancelled or not
-        self.list_cache = None, None  # the last query of list_events(), the Response
+        self.by_key = OrderedDict()  # (customer id, Idempotency-Key) -> Booking
+        self.list_cache = None, None  # query and Response of the last list_events()
 
     def create(self, request):
         """Create an event."""
@@ -544,7 +553,7 @@ def parse_headers(lines, version):
     require(is_valid, 400, "Exactly one valid Host is required")
     length = headers.get("content-length", "0")
     require(re.fullmatch("[0-9]+", length), 400, "Invalid Content-Length")
-    status = 400 if "content-length" in headers else 411  # 400: it may be an attack.
+    status = 400 if "content-length" in headers else 411  # Both may be an attack.
     require("transfer-encoding" not in headers, status, "Transfer-Encoding unsupported")
     length = int(length.lstrip("0")[:9] or 0)  # Nine digits exceed the limit already.
     require(length <= BODY_LIMIT, 413, "Body too large")
@@ -571,11 +580,11 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # It would delay a pipelined response by 40 ms.
+    disable_nagle_algorithm = True  # Nagle's algorithm delays a pipelined response.
 
     def parse_request(self):
         """Parse the request line and the headers; return False if they are invalid."""
-        self.close_connection, self.command = True, None  # in case of an error
+        self.close_connection, self.command = True, None  # for an error response
         if self.raw_requestline == b"\r\n":  # An empty line is skipped: RFC 9112, 2.2.
             self.raw_requestline = self.rfile.readline(REQUEST_LINE_LIMIT + 3)
             if not self.raw_requestline:
@@ -600,7 +609,7 @@ class Handler(BaseHTTPRequestHandler):
             response = self.perform()
         except HTTPError as error:
             response = error.response
-        except Exception:  # a bug
+        except Exception:  # a bug in this program
             self.server.handle_error(self.connection, self.client_address)
             self.close_connection = True
             response = HTTPError(500, "Internal server error").response
@@ -608,7 +617,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def perform(self):
         """Check the role, read the body and return the response; raises HTTPError."""
-        # After an error the body is left unread. It must not become the next request.
+        # An error response leaves the body unread, which must not become a request.
         self.close_connection = self.length > 0 or not self.keep_alive
         user = self.headers.get("user-id")
         route, id, user = authorize(self.command, self.path, user)
@@ -617,7 +626,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(self.length)
         require(len(body) == self.length, 400, "Incomplete body")
         self.close_connection = not self.keep_alive
-        self.server.claim(self.connection)  # The server must not drop it from now on.
+        self.server.claim(self.connection)  # After this the server does not drop it.
         request = Request(self.query, self.headers, body, id, user)
         return dispatch(self.server.store, route, request)
 
@@ -646,7 +655,7 @@ class Handler(BaseHTTPRequestHandler):
         if status != 304:
             lines += [CONTENT_TYPE, f"Content-Length: {len(body)}"]
         body = b"" if status == 304 or self.command == "HEAD" else body
-        self.server.wait_for_client(self.connection)  # A client may be slow to read.
+        self.server.wait_for_client(self.connection)  # The client may read slowly.
         self.wfile.write("\r\n".join([*lines, "", ""]).encode() + body)
 
     def finish(self):
@@ -669,20 +678,21 @@ class Server(ThreadingHTTPServer):
 
     allow_reuse_address = os.name == "posix"  # On Windows, two servers could share it.
     server_bind = socketserver.TCPServer.server_bind  # HTTPServer's makes a DNS lookup.
-    connection_limit = 512  # as many as a worker of nginx
-    request_queue_size = 4096  # clients waiting to be accepted; Linux allows no more
+    connection_limit = 512  # open connections; an nginx worker has as many
+    request_queue_size = 4096  # clients that wait to be accepted; Linux's default
     client_timeout = 16.0  # seconds that a client may be idle
-    idle_timeout = 1.0  # the same while other clients are waiting to be accepted
+    idle_timeout = 1.0  # seconds that a client may be idle while others wait
     shutdown_timeout = 2.0  # seconds to answer the last requests when the server stops
 
     def __init__(self, address, store):
         """Bind and listen; raises OSError, OverflowError (port) or TypeError (host)."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.store, self.lock = store, threading.Lock()  # The lock guards these two:
-        self.connections, self.idle_since = set(), {}  # idle_since: connection -> time
+        # The lock guards the set of open connections and the dict connection -> time.
+        self.lock, self.connections, self.idle_since = threading.Lock(), set(), {}
+        self.store = store
         self.accepted, self.free_threads = queue.SimpleQueue(), threading.Semaphore(0)
         files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
-        if files > 0:  # The log, the console and closing connections need 24 of them.
+        if files > 0:  # 24 are for the log, the console and closing connections.
             self.connection_limit = max(8, min(self.connection_limit, files - 24))
         super().__init__(address, Handler)
 
@@ -722,7 +732,7 @@ class Server(ThreadingHTTPServer):
             if self.is_full():
                 raise BlockingIOError
             return super().get_request()
-        except OSError:  # Either it is full, or the system has no descriptor left.
+        except OSError:  # The server is full, or no file descriptor is left.
             if not self.drop_idle(self.idle_timeout):
                 time.sleep(0.005)
             raise
@@ -736,8 +746,8 @@ class Server(ThreadingHTTPServer):
             return
         try:
             super().process_request(request, client_address)
-        except RuntimeError as error:  # The system has no thread left.
-            raise ConnectionAbortedError from error  # The base class disconnects.
+        except RuntimeError as error:  # The system allows no more threads.
+            raise ConnectionAbortedError from error  # The base class closes it.
 
     def process_request_thread(self, *connection):
         """Serve one connection after another: starting a thread takes longer."""
@@ -745,7 +755,7 @@ class Server(ThreadingHTTPServer):
             super().process_request_thread(*connection)
             self.free_threads.release()
             connection = self.accepted.get()
-        self.accepted.put(())  # The next thread ends too.
+        self.accepted.put(())  # The empty tuple ends the next thread, too.
 
     def close_request(self, request):
         with self.lock:
@@ -767,7 +777,7 @@ class Server(ThreadingHTTPServer):
         deadline = time.monotonic() + self.shutdown_timeout
         while self.connections and time.monotonic() < deadline:
             time.sleep(0.01)
-        self.accepted.put(())  # It ends a thread that waits for a connection.
+        self.accepted.put(())  # The empty tuple ends the threads that wait.
 
 
 # ---- Command line ------------------------------------------------------------
@@ -795,7 +805,7 @@ def parse_options(arguments):
 
 def open_store(log_path, notifier, problems):
     """Return a Store with its observers; raises OSError if the log is not writable."""
-    if log_path == DEFAULT_LOG:  # A missing folder of another path may be a typo.
+    if log_path == DEFAULT_LOG:  # Elsewhere, a missing folder may be a typo.
         os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
     store, log = Store(), Log(log_path, problems.say)
     store.on("booking.created", log, notifier.confirm)
@@ -805,9 +815,9 @@ def open_store(log_path, notifier, problems):
 
 
 def pin_to_one_cpu():
-    """Keep the process on one CPU: handing Python's lock to another one takes long."""
+    """Keep the process on one CPU: passing Python's lock between CPUs is slow."""
     if getattr(sys, "_is_gil_enabled", lambda: True)():
-        with contextlib.suppress(AttributeError, OSError):  # Not Linux, or forbidden.
+        with contextlib.suppress(AttributeError, OSError):  # not on Linux; not allowed
             cpus = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})
 
@@ -822,7 +832,9 @@ def install_signal_handlers():
     def stop(_number, _frame):
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)  # The program is stopping already.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # A second Ctrl-C kills it.
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # A second Ctrl-C kills the program.
         raise KeyboardInterrupt
 
     for number in numbers:
@@ -843,7 +855,7 @@ def main(arguments=None):
         problem = f"cannot listen on {host}:{port} ({error})"
         sys.exit(f"eventbook: {problem}; change --port or --host")
     pin_to_one_cpu()
-    threading.stack_size(2 * 1024**2)  # With 1 MiB, nested JSON crashes Python 3.13.
+    threading.stack_size(2 * 1024**2)  # Nested JSON crashes Python 3.13 at 1 MiB.
     notifier.start()
     problems.start()
     threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
