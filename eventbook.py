@@ -102,9 +102,7 @@ def is_title(value):
 
 
 def is_date(value):
-    with contextlib.suppress(
-        TypeError, ValueError
-    ):  # The value is no string, or no such day.
+    with contextlib.suppress(TypeError, ValueError):  # It is no string, or no date.
         # The pattern is checked too: what fromisoformat() accepts varies by version.
         return bool(DATE.fullmatch(value) and date.fromisoformat(value[:10]))
 
@@ -125,10 +123,8 @@ CREATE_RULES = {
     "date": Rule(is_date, "must be a date such as 2026-02-15 or 2026-02-15T19:30"),
     "availableTickets": integer(1, 10**9),
 }
-UPDATE_RULES = {
-    **CREATE_RULES,
-    "availableTickets": integer(0, 10**9),
-}  # 0 stops the sale
+# An organizer can stop the sale by setting the tickets to 0.
+UPDATE_RULES = {**CREATE_RULES, "availableTickets": integer(0, 10**9)}
 PAGE_RULES = {"limit": integer(1, 1000), "offset": integer(0)}
 FLAG = Rule(lambda value: value in ("true", "false"), "must be true or false")
 EVENT_LIST_RULES = {**PAGE_RULES, "available": FLAG}
@@ -308,12 +304,8 @@ class Store(Observable):
         super().__init__()
         # A thread must hold the lock from a check to the change that depends on it, and
         # during every read. Observers run under it too, so that log lines are in order.
-        self.lock = (
-            threading.RLock()
-        )  # reentrant, because cancel() calls read_booking()
-        self.nonce = os.urandom(
-            6
-        ).hex()  # The nonce makes the ETags of two runs differ.
+        self.lock = threading.RLock()  # reentrant, as cancel() calls read_booking()
+        self.nonce = os.urandom(6).hex()  # part of each ETag, different in each run
         self.changes = self.last_booking = 0
         self.events = {}  # event id -> Event
         self.bookings = {}  # booking id -> Booking, without the cancelled ones
@@ -832,9 +824,7 @@ def install_signal_handlers():
     def stop(_number, _frame):
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)  # The program is stopping already.
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # A second Ctrl-C kills the program.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # A second Ctrl-C kills.
         raise KeyboardInterrupt
 
     for number in numbers:
