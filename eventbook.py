@@ -102,7 +102,7 @@ def is_title(value):
 
 
 def is_date(value):
-    with contextlib.suppress(TypeError, ValueError):  # It is no string, or no date.
+    with contextlib.suppress(TypeError, ValueError):  # The value is not a date.
         # The pattern is checked too: what fromisoformat() accepts varies by version.
         return bool(DATE.fullmatch(value) and date.fromisoformat(value[:10]))
 
@@ -234,7 +234,7 @@ class Log:
         entry = {"event": name, "timestamp": now[:-6] + "Z", "data": booking._asdict()}
         line = encode(entry)
         try:
-            # The file is opened for each line, because it may have been renamed.
+            # The file is opened for each line, because it may be renamed or removed.
             with open(self.path, "a+b", buffering=0) as file:
                 size = file.tell()
                 if size > 0:
@@ -246,7 +246,7 @@ class Log:
                     raise OSError("the disk is full")
             self.failing = False
         except OSError as error:
-            if not self.failing:  # An outage is reported once, not for each request.
+            if not self.failing:  # A log outage is reported once, not per request.
                 self.report(f"eventbook: cannot write the log: {error}")
             self.failing, headers = True, {"Retry-After": "5"}
             raise HTTPError(503, "The log cannot be written", headers) from None
@@ -272,9 +272,9 @@ class Notifier(threading.Thread):
 
     def run(self):
         batch = []
-        while "" not in batch:  # close() queues an empty string.
+        while "" not in batch:  # close() queues an empty string, which ends this.
             batch = [self.lines.get()]
-            time.sleep(0.01)  # One write for all lines that arrive meanwhile is faster.
+            time.sleep(0.01)  # Several lines are then printed with one write.
             batch += [self.lines.get() for _ in range(self.lines.qsize())]
             with contextlib.suppress(OSError, ValueError):
                 write(self.stream, "".join(batch))
@@ -286,7 +286,7 @@ class Notifier(threading.Thread):
 
 
 def write(stream, text):
-    """Write to the file of a stream, not to its buffer: a flush at exit may fail."""
+    """Write to a stream's descriptor, not its buffer: a flush at exit may fail."""
     if stream:  # sys.stdout is None if the program was started without it.
         settings = {"encoding": stream.encoding, "errors": "replace", "closefd": False}
         with open(stream.fileno(), "w", **settings) as file:
@@ -305,7 +305,7 @@ class Store(Observable):
         # A thread must hold the lock from a check to the change that depends on it, and
         # during every read. Observers run under it too, so that log lines are in order.
         self.lock = threading.RLock()  # reentrant, as cancel() calls read_booking()
-        self.nonce = os.urandom(6).hex()  # part of each ETag, different in each run
+        self.nonce = os.urandom(6).hex()  # part of every ETag; differs between runs
         self.changes = self.last_booking = 0
         self.events = {}  # event id -> Event
         self.bookings = {}  # booking id -> Booking, without the cancelled ones
@@ -333,7 +333,7 @@ class Store(Observable):
             same_id = Rule(lambda v: type(v) is int and v == event.id, description)
             # Unknown names are errors, because a misspelt one would be a lost edit.
             validate(values, {**UPDATE_RULES, "id": same_id})
-            # Each customer is notified once, and even if nothing changes.
+            # Each customer is notified once, even if nothing changes.
             bookings = self._bookings(self.by_event[event.id])
             self.emit("event.updated", dict.fromkeys(b.customerId for b in bookings))
             if event._replace(**values) == event:
@@ -457,7 +457,7 @@ ROUTES = [
 ]
 
 
-@functools.lru_cache  # Clients make the same request again and again.
+@functools.lru_cache  # Clients repeat requests, so results are cached.
 def authorize(method, path, user):
     """Return (Route, id or None, user id); raises HTTPError (404, 405, 401, 403)."""
     routes, id = {}, None
@@ -501,7 +501,7 @@ def dispatch(store, route, request):
 
 REQUEST_LINE_LIMIT = 8 * 1024  # bytes; nginx's default
 HEADERS_LIMIT = 16 * 1024  # bytes of all header lines; Node.js's default
-BODY_LIMIT = 64 * 1024  # bytes; an event has at most 3,000, with escapes in the JSON
+BODY_LIMIT = 64 * 1024  # bytes; the JSON of an event has at most 3,000
 
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(f'({TOKEN}) ([!"$-~]+) (HTTP/[1-9][.][0-9])\r\n')
@@ -511,7 +511,7 @@ AUTHORITY = rf"({NAME}|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\])(:[0-9]{{0,5}})?"
 ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
 
 
-@functools.lru_cache  # Clients send the same request lines and headers again.
+@functools.lru_cache  # Request lines repeat, so parsed ones are cached.
 def parse_request_line(line):
     """Return (method, path, query, version); raises HTTPError (400, 414, 505)."""
     require(len(line) <= REQUEST_LINE_LIMIT + len("\r\n"), 414, "Request line too long")
@@ -545,9 +545,10 @@ def parse_headers(lines, version):
     require(is_valid, 400, "Exactly one valid Host is required")
     length = headers.get("content-length", "0")
     require(re.fullmatch("[0-9]+", length), 400, "Invalid Content-Length")
-    status = 400 if "content-length" in headers else 411  # Both may be an attack.
+    # A request with both Transfer-Encoding and Content-Length may be an attack.
+    status = 400 if "content-length" in headers else 411
     require("transfer-encoding" not in headers, status, "Transfer-Encoding unsupported")
-    length = int(length.lstrip("0")[:9] or 0)  # Nine digits exceed the limit already.
+    length = int(length.lstrip("0")[:9] or 0)  # Nine digits already exceed BODY_LIMIT.
     require(length <= BODY_LIMIT, 413, "Body too large")
     options = split_list(headers.get("connection", "").lower())
     expects_100 = is_1_1 and headers.get("expect", "").lower() == "100-continue"
@@ -576,7 +577,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def parse_request(self):
         """Parse the request line and the headers; return False if they are invalid."""
-        self.close_connection, self.command = True, None  # for an error response
+        self.close_connection, self.command = True, None  # values for an error
         if self.raw_requestline == b"\r\n":  # An empty line is skipped: RFC 9112, 2.2.
             self.raw_requestline = self.rfile.readline(REQUEST_LINE_LIMIT + 3)
             if not self.raw_requestline:
@@ -618,7 +619,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(self.length)
         require(len(body) == self.length, 400, "Incomplete body")
         self.close_connection = not self.keep_alive
-        self.server.claim(self.connection)  # After this the server does not drop it.
+        self.server.claim(self.connection)  # From here on, the client is not dropped.
         request = Request(self.query, self.headers, body, id, user)
         return dispatch(self.server.store, route, request)
 
@@ -647,14 +648,14 @@ class Handler(BaseHTTPRequestHandler):
         if status != 304:
             lines += [CONTENT_TYPE, f"Content-Length: {len(body)}"]
         body = b"" if status == 304 or self.command == "HEAD" else body
-        self.server.wait_for_client(self.connection)  # The client may read slowly.
+        self.server.wait_for_client(self.connection)  # Slow reading counts as idle.
         self.wfile.write("\r\n".join([*lines, "", ""]).encode() + body)
 
     def finish(self):
-        """Wait for the client to close: a reset could discard its response."""
+        """Wait for the client to close, or it may lose the response (RFC 9112, 9.6)."""
         super().finish()
         with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)  # RFC 9112, section 9.6
+            self.connection.shutdown(socket.SHUT_WR)
             while self.connection.recv(64 * 1024):
                 pass
 
@@ -668,8 +669,9 @@ class Server(ThreadingHTTPServer):
     that was dropped is not performed.
     """
 
-    allow_reuse_address = os.name == "posix"  # On Windows, two servers could share it.
-    server_bind = socketserver.TCPServer.server_bind  # HTTPServer's makes a DNS lookup.
+    allow_reuse_address = os.name == "posix"  # On Windows, servers could share a port.
+    # HTTPServer.server_bind() makes a DNS lookup, which can take seconds.
+    server_bind = socketserver.TCPServer.server_bind
     connection_limit = 512  # open connections; an nginx worker has as many
     request_queue_size = 4096  # clients that wait to be accepted; Linux's default
     client_timeout = 16.0  # seconds that a client may be idle
@@ -679,12 +681,12 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address, store):
         """Bind and listen; raises OSError, OverflowError (port) or TypeError (host)."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        # The lock guards the set of open connections and the dict connection -> time.
+        # The lock guards the open connections and the times since when they are idle.
         self.lock, self.connections, self.idle_since = threading.Lock(), set(), {}
         self.store = store
         self.accepted, self.free_threads = queue.SimpleQueue(), threading.Semaphore(0)
         files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
-        if files > 0:  # 24 are for the log, the console and closing connections.
+        if files > 0:  # 24 files are for the log, the console and closing connections.
             self.connection_limit = max(8, min(self.connection_limit, files - 24))
         super().__init__(address, Handler)
 
@@ -739,7 +741,8 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request(request, client_address)
         except RuntimeError as error:  # The system allows no more threads.
-            raise ConnectionAbortedError from error  # The base class closes it.
+            # The base class ignores this error and closes the connection.
+            raise ConnectionAbortedError from error
 
     def process_request_thread(self, *connection):
         """Serve one connection after another: starting a thread takes longer."""
@@ -747,7 +750,7 @@ class Server(ThreadingHTTPServer):
             super().process_request_thread(*connection)
             self.free_threads.release()
             connection = self.accepted.get()
-        self.accepted.put(())  # The empty tuple ends the next thread, too.
+        self.accepted.put(())  # The tuple is queued again for the next thread.
 
     def close_request(self, request):
         with self.lock:
@@ -769,7 +772,7 @@ class Server(ThreadingHTTPServer):
         deadline = time.monotonic() + self.shutdown_timeout
         while self.connections and time.monotonic() < deadline:
             time.sleep(0.01)
-        self.accepted.put(())  # The empty tuple ends the threads that wait.
+        self.accepted.put(())  # An empty tuple ends all threads that are waiting.
 
 
 # ---- Command line ------------------------------------------------------------
@@ -797,7 +800,7 @@ def parse_options(arguments):
 
 def open_store(log_path, notifier, problems):
     """Return a Store with its observers; raises OSError if the log is not writable."""
-    if log_path == DEFAULT_LOG:  # Elsewhere, a missing folder may be a typo.
+    if log_path == DEFAULT_LOG:  # Other folders must exist: their name may be a typo.
         os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
     store, log = Store(), Log(log_path, problems.say)
     store.on("booking.created", log, notifier.confirm)
@@ -809,7 +812,7 @@ def open_store(log_path, notifier, problems):
 def pin_to_one_cpu():
     """Keep the process on one CPU: passing Python's lock between CPUs is slow."""
     if getattr(sys, "_is_gil_enabled", lambda: True)():
-        with contextlib.suppress(AttributeError, OSError):  # not on Linux; not allowed
+        with contextlib.suppress(AttributeError, OSError):  # not Linux; not permitted
             cpus = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})
 
@@ -822,9 +825,10 @@ def install_signal_handlers():
         numbers.append(hangup)
 
     def stop(_number, _frame):
+        # Further signals are ignored, but a second Ctrl-C ends the program at once.
         for number in numbers:
-            signal.signal(number, signal.SIG_IGN)  # The program is stopping already.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # A second Ctrl-C kills.
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise KeyboardInterrupt
 
     for number in numbers:
@@ -845,7 +849,7 @@ def main(arguments=None):
         problem = f"cannot listen on {host}:{port} ({error})"
         sys.exit(f"eventbook: {problem}; change --port or --host")
     pin_to_one_cpu()
-    threading.stack_size(2 * 1024**2)  # Nested JSON crashes Python 3.13 at 1 MiB.
+    threading.stack_size(2 * 1024**2)  # With 1 MiB, nested JSON crashes Python 3.13.
     notifier.start()
     problems.start()
     threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
