@@ -17,8 +17,8 @@ operation of Store; Handler sends the response.
 
 1. State changes only inside Store, under its lock. A booking or a cancellation is in
    the log before the state changes.
-2. Code above the routes does not touch sockets. Code below them does not know what an
-   event or a booking is.
+2. Code above the routes does not touch sockets. The HTTP code below them does not know
+   what an event or a booking is.
 3. Only the thread of a connection reads from it, writes to it and closes it. The server
    can shut the socket down, which makes the recv() or send() of that thread return.
 """
@@ -156,9 +156,10 @@ class Request(namedtuple("Request", "query headers body id user")):
             text = self.body.decode().lstrip("\ufeff")  # \ufeff is a byte order mark.
             value = json.loads(text or "{}")
             encode(value)  # encode() rejects NaN, 1e400 and lone surrogates.
-        except (ValueError, RecursionError) as error:
+        except json.JSONDecodeError as error:
+            raise HTTPError(400, f"Invalid JSON: {error}") from None
+        except (ValueError, RecursionError):
             reason = "not UTF-8, nested too deeply, or an invalid number or character"
-            reason = error if isinstance(error, json.JSONDecodeError) else reason
             raise HTTPError(400, f"Invalid JSON: {reason}") from None
         require(isinstance(value, dict), 400, "The JSON body must be an object")
         return value
@@ -348,7 +349,7 @@ class Store(Observable):
             if key is not None:
                 validate({"Idempotency-Key": key}, {"Idempotency-Key": KEY_RULE})
                 first = self.by_key.get((request.user, key))
-                if first:
+                if first:  # This is a retry, perhaps after the booking was cancelled.
                     message = "Idempotency-Key was used for another event"
                     require(first.eventId == event.id, 422, message)
                     return first
@@ -484,8 +485,9 @@ def dispatch(store, route, request):
     result = route.operation(store, request)
     if isinstance(result, Response):
         return result
-    is_event, data = isinstance(result, Event), result.members()
-    name, headers = ("event", {"ETag": result.etag}) if is_event else ("booking", {})
+    name, headers, data = "booking", {}, result.members()
+    if isinstance(result, Event):
+        name, headers = "event", {"ETag": result.etag}
     if route.message:
         data = {"message": route.message, name: data}
     if route.method == "POST":
@@ -538,11 +540,12 @@ def parse_headers(lines, version):
         name, _, value = line.partition(":")
         values[name.lower()].append(value.strip(" \t"))
     # Repeated headers are joined by ", ", which is never valid in Host, Content-Length,
-    # user-id and Idempotency-Key.
+    # user-id or Idempotency-Key.
     headers = {name: ", ".join(parts) for name, parts in values.items()}
     is_1_1, host = version == "HTTP/1.1", headers.get("host", "")
-    is_valid = re.fullmatch(AUTHORITY, host) or not (host or is_1_1)
-    require(is_valid, 400, "Exactly one valid Host is required")
+    if host or is_1_1:  # HTTP/1.0 needs no Host.
+        is_host = re.fullmatch(AUTHORITY, host)
+        require(is_host, 400, "Exactly one valid Host is required")
     length = headers.get("content-length", "0")
     require(re.fullmatch("[0-9]+", length), 400, "Invalid Content-Length")
     # A request with both Transfer-Encoding and Content-Length may be an attack.
@@ -587,7 +590,7 @@ class Handler(BaseHTTPRequestHandler):
             self.command, self.path, self.query, self.request_version = request_line
             line, lines = None, bytearray()
             while line not in (b"\r\n", b"\n", b"") and len(lines) <= HEADERS_LIMIT + 2:
-                line = self.rfile.readline(HEADERS_LIMIT)
+                line = self.rfile.readline(HEADERS_LIMIT + 3)
                 lines += line
             headers = parse_headers(bytes(lines), self.request_version)
             self.headers, self.length, self.keep_alive, self.expects_100 = headers
@@ -602,7 +605,7 @@ class Handler(BaseHTTPRequestHandler):
             response = self.perform()
         except HTTPError as error:
             response = error.response
-        except Exception:  # a bug in this program
+        except Exception:  # a bug, or the client has disconnected
             self.server.handle_error(self.connection, self.client_address)
             self.close_connection = True
             response = HTTPError(500, "Internal server error").response
@@ -632,9 +635,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send(HTTPError(code, self.responses[code][0]).response)
 
     def send(self, response):
-        """Send a response with one write(), which is faster than send_header()."""
+        """Send a response with one write(); send_header() would be slower."""
         status, data, headers = response
         body = data if isinstance(data, bytes) else encode(data)
+        # A full server closes the connection to make room for another client.
         self.close_connection = self.close_connection or self.server.is_full()
         # The client is told one second less, or it might send while the server closes.
         keep_alive = f"Keep-Alive: timeout={self.server.client_timeout - 1:.0f}"
@@ -654,6 +658,7 @@ class Handler(BaseHTTPRequestHandler):
     def finish(self):
         """Wait for the client to close, or it may lose the response (RFC 9112, 9.6)."""
         super().finish()
+        self.server.wait_for_client(self.connection)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             while self.connection.recv(64 * 1024):
@@ -681,9 +686,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address, store):
         """Bind and listen; raises OSError, OverflowError (port) or TypeError (host)."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        # The lock guards the open connections and the times since when they are idle.
-        self.lock, self.connections, self.idle_since = threading.Lock(), set(), {}
-        self.store = store
+        self.store, self.connections = store, set()
+        self.lock, self.idle_since = threading.Lock(), {}  # idle connection -> time
         self.accepted, self.free_threads = queue.SimpleQueue(), threading.Semaphore(0)
         files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
         if files > 0:  # 24 files are for the log, the console and closing connections.
@@ -710,7 +714,7 @@ class Server(ThreadingHTTPServer):
             if connection is None or self.idle_since[connection] > limit:
                 return False
             del self.idle_since[connection]
-            self.connections.discard(connection)
+        self.connections.discard(connection)
         with contextlib.suppress(OSError):  # The client has disconnected already.
             connection.shutdown(socket.SHUT_RDWR)
         return True
@@ -721,15 +725,13 @@ class Server(ThreadingHTTPServer):
             pass
 
     def get_request(self):
-        """Accept a connection; raises OSError, which the base ignores, if full."""
-        try:
-            if self.is_full():
-                raise BlockingIOError
-            return super().get_request()
-        except OSError:  # The server is full, or no file descriptor is left.
-            if not self.drop_idle(self.idle_timeout):
-                time.sleep(0.005)
-            raise
+        """Accept a connection; raises OSError if the server is full."""
+        with contextlib.suppress(OSError):  # The system has no file descriptor left.
+            if not self.is_full():
+                return super().get_request()
+        if not self.drop_idle(self.idle_timeout):
+            time.sleep(0.005)
+        raise BlockingIOError  # The base class ignores it, and will call again.
 
     def process_request(self, request, client_address):
         """Give a connection to a free thread, or to a new one if none is free."""
@@ -741,30 +743,32 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request(request, client_address)
         except RuntimeError as error:  # The system allows no more threads.
-            # The base class ignores this error and closes the connection.
+            # handle_error() ignores this error, and the base class disconnects.
             raise ConnectionAbortedError from error
 
-    def process_request_thread(self, *connection):
+    def process_request_thread(self, *arguments):
         """Serve one connection after another: starting a thread takes longer."""
-        while connection:
-            super().process_request_thread(*connection)
+        while arguments:
+            super().process_request_thread(*arguments)
             self.free_threads.release()
-            connection = self.accepted.get()
+            arguments = self.accepted.get()
         self.accepted.put(())  # The tuple is queued again for the next thread.
 
     def close_request(self, request):
+        """Close a connection, which is the last that the base class does with it."""
+        self.connections.discard(request)
         with self.lock:
-            self.connections.discard(request)
             self.idle_since.pop(request, None)
         super().close_request(request)
 
     def handle_error(self, request, client_address):
         """Print the traceback of a bug, but nothing if a client has disconnected."""
-        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
-            super().handle_error(request, client_address)
+        if not isinstance(sys.exc_info()[1], OSError):
+            with contextlib.suppress(OSError):  # stderr is a broken pipe.
+                super().handle_error(request, client_address)
 
     def server_close(self):
-        """Stop listening, and wait for the responses to requests that have arrived."""
+        """Stop listening, wait for the last responses, and end the threads."""
         super().server_close()
         for connection in self.connections.copy():
             with contextlib.suppress(OSError):  # The client has disconnected already.
@@ -798,11 +802,11 @@ def parse_options(arguments):
     return parser.parse_args(arguments)
 
 
-def open_store(log_path, notifier, problems):
+def open_store(log_path, notifier, reporter):
     """Return a Store with its observers; raises OSError if the log is not writable."""
     if log_path == DEFAULT_LOG:  # Other folders must exist: their name may be a typo.
         os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
-    store, log = Store(), Log(log_path, problems.say)
+    store, log = Store(), Log(log_path, reporter.say)
     store.on("booking.created", log, notifier.confirm)
     store.on("booking.cancelled", log)
     store.on("event.updated", notifier.announce)
@@ -838,9 +842,9 @@ def install_signal_handlers():
 def main(arguments=None):
     options = parse_options(arguments)
     host, port = options.host or "127.0.0.1", options.port
-    notifier, problems = Notifier(sys.stdout), Notifier(sys.stderr)
+    notifier, reporter = Notifier(sys.stdout), Notifier(sys.stderr)
     try:
-        store = open_store(options.log, notifier, problems)
+        store = open_store(options.log, notifier, reporter)
     except OSError as error:
         sys.exit(f"eventbook: cannot write {options.log} ({error}); change --log")
     try:
@@ -851,7 +855,7 @@ def main(arguments=None):
     pin_to_one_cpu()
     threading.stack_size(2 * 1024**2)  # With 1 MiB, nested JSON crashes Python 3.13.
     notifier.start()
-    problems.start()
+    reporter.start()
     threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
     name = "localhost" if host == "127.0.0.1" else host
     name = f"[{name}]" if ":" in name else name
@@ -859,12 +863,12 @@ def main(arguments=None):
     with contextlib.suppress(KeyboardInterrupt):
         install_signal_handlers()
         notifier.say(f"eventbook is listening on http://{name}:{port}")
-        while True:
+        while True:  # until a signal raises KeyboardInterrupt
             time.sleep(0.5)
     server.shutdown()
     server.server_close()
     notifier.close(timeout=1)
-    problems.close(timeout=1)
+    reporter.close(timeout=1)
 
 
 if __name__ == "__main__":

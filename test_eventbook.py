@@ -1086,6 +1086,7 @@ WHOLE_REQUESTS = {
     400: "GET / HTTP/1.1\nHost: a\n\n|GET / HTTP/1.1\r\nHost: a\n\r\n|\n"
     "|\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n|GET / HTTP/1.1\rHost: a\r\r\n\n"
     "|GET / HTTP/1.1\r\nHost: a\r\n\n",
+    431: "GET / HTTP/1.1\r\nX: " + "x" * 16_381 + "\r\nHost: a\r\n\r\n",
 }
 MALFORMED = [
     (status, template.replace("...", case).encode())
