@@ -1,10 +1,11 @@
 """Tests of eventbook: its contract in runnable form, against a real server.
 
-    python -m pytest                     # the whole suite takes about ten seconds
+    python -m pytest                     # the whole suite takes about 20 seconds
     python -m pytest -k assignment       # the assignment's nine test cases
 
 The fixture `server` is a server with a log and a console, in a thread of this process.
-Its methods send requests and return a Reply(status, body, headers):
+Event 1 exists from the start, with three tickets. Its methods send requests and return
+a Reply(status, body, headers, raw), where body is the JSON and raw its bytes:
 
     server.create(title="x")             POST /api/events, as user 1
     server.update(1, title="x")          PUT /api/events/1, as user 1
@@ -13,12 +14,14 @@ Its methods send requests and return a Reply(status, body, headers):
     server.book(1, user=3)               POST /api/events/1/book
     server.cancel(1, user=3)             DELETE /api/bookings/1
     server.call("PATCH", "/x", 2, body)  any other request
-    server.talk(b"GET / HTTP/1.1...")    bytes over a socket; returns a list of Replies
-    server.logged(), server.printed()    the entries of the log, the lines on stdout
+    server.talk(raw("GET", "/") + b"x")  bytes over a socket; returns a list of Replies
+    exchange(connection, GET)            a request on a socket that stays open
+    together(8, work)                    work(0) to work(7), in threads at the same time
+    server.logged(), server.printed()    the log, and all lines on stdout (call it last)
 
-Event 1 exists from the start, with three tickets. `@with_server(connection_limit=8)`
-changes limits of the server. `shared_server` is one server for all tests that change
-nothing. `launch` starts the program as a process, for signals and exit statuses.
+`@with_server(connection_limit=8)` changes limits of the server. `shared_server` is one
+server for all tests that change nothing. `launch` starts the program as a process, for
+signals and exit statuses. GET, LIST, CREATE and BOOK are the bytes of valid requests.
 """
 
 import contextlib
@@ -59,7 +62,7 @@ DENIED, UNAUTHORIZED = {"error": "Access denied"}, {"error": "Unauthorized"}
 NO_EVENT, NO_BOOKING = {"error": "Event not found"}, {"error": "Booking not found"}
 SOLD_OUT = {"error": "Booking failed: sold out"}
 
-Reply = namedtuple("Reply", "status body headers")
+Reply = namedtuple("Reply", "status body headers raw")
 # Without proxies: the environment of whoever runs the tests may name one.
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -122,11 +125,12 @@ class Client:
             return read_to_end(connection)
 
     def repeat(self, request, times):
-        """Make a request many times on one connection; each must create something."""
-        with self.connect() as connection, connection.makefile("rb") as file:
-            connection.sendall(request * times)
-            connection.shutdown(socket.SHUT_WR)
-            assert file.read().count(b"HTTP/1.1 201 Created") == times
+        """Send a request many times; each must create something."""
+        for number in [100] * (times // 100) + [times % 100]:
+            with self.connect() as connection, connection.makefile("rb") as file:
+                connection.sendall(request * number)
+                connection.shutdown(socket.SHUT_WR)
+                assert file.read().count(b"HTTP/1.1 201 Created") == number
 
     def settle(self):
         """Make a request, so that the server has probably read what was sent before."""
@@ -140,36 +144,37 @@ class Client:
 
 def make_reply(response):
     with response:
-        body = response.read()
+        data = response.read()
     headers = {name.lower(): value for name, value in response.headers.items()}
-    return Reply(response.status, json.loads(body) if body else None, headers)
+    return Reply(response.status, json.loads(data) if data else None, headers, data)
 
 
 def read_to_end(connection):
-    """Return the Replies until the end, 100 Continue included; bodies are bytes."""
+    """Return the Replies until the server closes, 100 Continue included."""
     replies = []
     with connection.makefile("rb") as file:
         for line in iter(file.readline, b""):
             headers = http.client.parse_headers(file).items()
             headers = {name.lower(): value for name, value in headers}
-            body = file.read(int(headers.get("content-length", 0)))
+            data = file.read(int(headers.get("content-length", 0)))
             version, status, _ = line.split(b" ", 2)
-            replies.append(Reply(int(status), body, headers))
+            body = json.loads(data) if data else None
+            replies.append(Reply(int(status), body, headers, data))
             assert version == b"HTTP/1.1"
             check_common_headers(replies[-1])
     return replies
 
 
 def check_common_headers(reply):
-    """Check what every response with a body has, also those of the parser."""
+    """Check the headers of every response with a body, including the parser's own."""
     if reply.status not in (100, 304):
         assert reply.headers["content-type"] == "application/json; charset=utf-8"
         assert reply.headers["cache-control"] == "no-store"
         assert reply.headers["x-content-type-options"] == "nosniff"
         date = email.utils.parsedate_to_datetime(reply.headers["date"])
         assert abs(date.timestamp() - time.time()) < 30
-        assert len(reply.body) == int(reply.headers["content-length"])
-        assert reply.body.endswith(b"\n") and "python" not in str(reply).lower()
+        assert len(reply.raw) == int(reply.headers["content-length"])
+        assert reply.raw.endswith(b"\n") and "python" not in str(reply).lower()
 
 
 def statuses(replies):
@@ -188,22 +193,30 @@ def receive(connection):
     return make_reply(response)
 
 
-def request(method, path, *headers, user=None, body=b""):
+def encoded(text):
+    """Return text in Latin-1, the encoding of headers, or else in UTF-8."""
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        return text.encode()
+
+
+def raw(method, path, *headers, user=None, body=b""):
     """Return the bytes of a valid request."""
     headers = ["Host: a", *headers]
     headers += [f"user-id: {user}"] if user else []
     headers += [f"Content-Length: {len(body)}"] if body else []
-    return "\r\n".join([f"{method} {path} HTTP/1.1", *headers, "\r\n"]).encode() + body
+    return encoded("\r\n".join([f"{method} {path} HTTP/1.1", *headers, "\r\n"])) + body
 
 
 BODY = json.dumps(EVENT).encode()
-GET, LIST = request("GET", "/"), request("GET", "/api/events", user=2)
-CREATE = request("POST", "/api/events", user=1, body=BODY)
-BOOK = request("POST", "/api/events/1/book", user=2)
+GET, LIST = raw("GET", "/"), raw("GET", "/api/events", user=2)
+CREATE = raw("POST", "/api/events", user=1, body=BODY)
+BOOK = raw("POST", "/api/events/1/book", user=2)
 
 
 def eventually(condition):
-    """Wait until a condition holds that nothing announces, such as a thread's end."""
+    """Poll until a condition holds that nothing announces, such as a thread's end."""
     deadline = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < deadline, "the condition never held"
@@ -223,7 +236,7 @@ def frequent_switches():
 
 def together(number, work):
     """Return the results of work(0), work(1), ..., run in threads at the same time."""
-    start = threading.Barrier(number).wait
+    start = threading.Barrier(number, timeout=20).wait
     with frequent_switches(), ThreadPoolExecutor(number, initializer=start) as pool:
         return list(pool.map(work, range(number)))
 
@@ -232,12 +245,14 @@ def together(number, work):
 def serving(store, log=None, **limits):
     """Run a server in a thread."""
     server = eventbook.Server(("127.0.0.1", 0), store)
-    for name, value in limits.items():
-        setattr(server, name, value)
     thread = threading.Thread(target=server.serve_forever, args=[0.002])
     thread.start()
     try:
-        yield Client(server.server_address[1], log)
+        client = Client(server.server_address[1], log)
+        client.create()  # before the limits, which may be small
+        for name, value in limits.items():
+            setattr(server, name, value)
+        yield client
     finally:
         server.shutdown()
         thread.join(10)
@@ -263,7 +278,6 @@ def serving_all(folder, **limits):
         server = stack.enter_context(serving(store, folder / "log", **limits))
         server.printed = lambda: lines("stdout")
         server.problems = lambda: lines("stderr")
-        server.create()
         yield server
 
 
@@ -290,10 +304,9 @@ def with_server(**limits):
 
 @pytest.fixture(scope="module")
 def shared_server():
-    """A server for tests that change nothing; event 1 is sold out to customer 2."""
+    """A server for tests that change nothing; customer 2 has all tickets of event 1."""
     with serving(eventbook.Store()) as server:
-        server.create(availableTickets=1)
-        server.book()
+        assert [server.book().status for _ in "123"] == [201] * 3
         yield server
 
 
@@ -339,10 +352,8 @@ def test_the_nine_cases_of_the_assignment(server):
 
 
 def test_json_has_its_keys_in_order_and_no_spaces(server):
-    event = {"id": 1, **EVENT}
-    (read,) = server.talk(request("GET", "/api/events/1", user=2))
-    assert list(event) == ["id", "title", "date", "availableTickets"]
-    assert read.body == (json.dumps(event, separators=(",", ":")) + "\n").encode()
+    event = '{"id":1,"title":"Tech Conference 2026","date":"2026-02-15","availableTickets":3}'
+    assert server.read().raw == f"{event}\n".encode()
 
 
 def test_a_location_leads_to_what_was_created(server):
@@ -392,9 +403,9 @@ USERS = cases("|0|4|+2|02|2.0|2,2|2 2|2\r\nUser-Id: 2|２|²")
 
 
 @each("user", USERS)
-def test_a_malformed_user_id_is_unauthorized(shared_server, user):
-    (reply,) = shared_server.talk(request("GET", "/api/events", f"user-id: {user}"))
-    assert (reply.status, json.loads(reply.body)) == (401, UNAUTHORIZED)
+def test_a_malformed_or_unknown_user_id_is_unauthorized(shared_server, user):
+    (reply,) = shared_server.talk(raw("GET", "/api/events", f"user-id: {user}"))
+    assert (reply.status, reply.body) == (401, UNAUTHORIZED)
     assert reply.headers["www-authenticate"] == "user-id"
 
 
@@ -415,6 +426,7 @@ CHECKS = [  # most requests fail several checks; the first of them decides
     (404, "Event not found", "GET", "/api/events/9/bookings?limit=x", 1, None, {}),
     (404, "Booking not found", "DELETE", "/api/bookings/9", 3, b"!", {}),
     (403, "Access denied", "DELETE", "/api/bookings/1", 3, b"!", {}),
+    (403, "Access denied", "GET", "/api/bookings/1", 3, None, {}),
     (412, "Event has changed", "PUT", "/api/events/1", 1, {"x": 1}, OLD),
     (400, "Validation failed", "POST", "/api/events/1/book", 2, None, NO_KEY),
     (400, "Booking failed: sold out", "POST", "/api/events/1/book", 2, b"!", {}),
@@ -472,28 +484,25 @@ def test_an_error_response_to_head_has_no_body(shared_server, header):
         connection.sendall(GET.replace(b"GET / ", b"HEAD /x ")[:-2])
         connection.sendall(f"{header}\r\nConnection: close\r\n\r\n".encode())
         connection.shutdown(socket.SHUT_WR)
-        assert file.read().endswith(b"\r\n\r\n")
+        response = file.read()
+        assert response.startswith(b"HTTP/1.1 4") and response.endswith(b"\r\n\r\n")
 
 
 TITLE = "must be a string of 1 to 200 characters, not blank"
 DATE = "must be a date such as 2026-02-15 or 2026-02-15T19:30"
 TICKETS = "must be an integer from 1 to 1,000,000,000"
+INVALID_DATES = cases(
+    "|now|2026|2026-02|2026-046|20260215|2026-W07-7|2026-2-15|2026-02-30|2025-02-29"
+    "|2026-13-01|0000-01-01|２０２６-02-15|2026-02-15T|2026-02-15Z|2026-02-15 19:30"
+    "|2026-02-15t19:30|2026-02-15T24:00|2026-02-15T19|2026-02-15T19:60|2026-02-15T19:30.5"
+    "|2026-02-15T19:30:60|2026-02-15T19:30:00.|2026-02-15T19:30:00,5|2026-02-15T19:30+0100"
+    "|2026-02-15T19:30+25:00|2026-02-15T19:30:00.1234567890"
+)
 INVALID = [  # name, description, values
     ("title", TITLE, ["", " \t\n", "x" * 201, 5, None, True, ["x"]]),
     ("availableTickets", TICKETS, [0, -1, 10**9 + 1, True, 3.0, 1e9, "3", None]),
-    ("date", DATE, [None, 20260215, []]),
-    ("date", DATE, cases("|now|2026|2026-02|2026-046|20260215|2026-W07-7|2026-2-15")),
-    ("date", DATE, cases("2026-02-30|2025-02-29|2026-13-01|0000-01-01|２０２６-02-15")),
-    ("date", DATE, cases(" 2026-02-15|2026-02-15\n|2026-02-15T|2026-02-15Z")),
-    ("date", DATE, cases("2026-02-15 19:30|2026-02-15t19:30|2026-02-15T24:00")),
-    ("date", DATE, cases("2026-02-15T19|2026-02-15T19:60|2026-02-15T19:30:60")),
-    (
-        "date",
-        DATE,
-        cases("2026-02-15T19:30.5|2026-02-15T19:30:00.|2026-02-15T19:30:00,5"),
-    ),
-    ("date", DATE, cases("2026-02-15T19:30+25:00|2026-02-15T19:30+0100")),
-    ("date", DATE, cases("2026-02-15T19:30:00.1234567890")),
+    ("date", DATE, [None, 20260215, [], "2026-02-15\n", " 2026-02-15"]),
+    ("date", DATE, INVALID_DATES),
 ]
 
 
@@ -589,13 +598,6 @@ def test_cancelling_twice_releases_one_ticket(server):
     assert server.book().body["booking"]["id"] == 2
 
 
-def test_a_booking_belongs_to_its_customer(server):
-    booking = server.book().body["booking"]
-    assert server.call("GET", "/api/bookings/1", 2)[:2] == (200, booking)
-    assert server.call("GET", "/api/bookings/1", 3)[:2] == (403, DENIED)
-    assert server.cancel(user=3)[:2] == (403, DENIED)
-
-
 UNREADABLE = "not UTF-8, nested too deeply, or an invalid number or character"
 INVALID_JSON = [  # the beginning of the error, bodies
     (UNREADABLE, [b'{"title":"\xff"}', b'{"title":"\xed\xa0\x80"}', b"\xff\xfe{\0"]),
@@ -627,8 +629,7 @@ def test_a_json_body_must_be_an_object(shared_server, body):
     assert reply[:2] == (400, {"error": "The JSON body must be an object"})
 
 
-DEEP = [b"[" * 7000, b"[" * 30_000 + b"]" * 30_000, b"[" * 65_536]
-DEEP += [b'{"x":' * 10_000 + b"1" + b"}" * 10_000]
+DEEP = [b"[" * 30_000 + b"]" * 30_000, b'{"x":' * 10_000 + b"1" + b"}" * 10_000]
 
 
 @each("body", DEEP, ids=short)
@@ -742,7 +743,9 @@ PRECONDITIONS = [  # TAG is the current ETag; the status of a PUT, and of a GET
 
 
 @each("name, values, put_status, get_status", PRECONDITIONS)
-def test_preconditions(server, name, values, put_status, get_status):
+def test_if_match_and_if_none_match_guard_put_and_get(
+    server, name, values, put_status, get_status
+):
     """A 412 and a 304 carry the current ETag, and nothing has changed then."""
     server.book()
     for number, value in enumerate(values):
@@ -757,12 +760,13 @@ def test_preconditions(server, name, values, put_status, get_status):
     assert len(notified) == len(values) * (put_status == 200)
 
 
-def test_a_304_has_no_body_and_keeps_the_connection(shared_server):
-    get = request("GET", "/api/events/1", "If-None-Match: *", user=1)
-    head = get.replace(b"GET", b"HEAD")
-    replies = shared_server.talk(get + head + GET)
-    assert statuses(replies) == [304, 304, 200]
-    assert "content-length" not in replies[0].headers
+def test_a_304_has_no_body(shared_server):
+    for method in "GET", "HEAD":
+        reply = shared_server.call(
+            method, "/api/events/1", 1, None, {"If-None-Match": "*"}
+        )
+        assert (reply.status, reply.raw) == (304, b"")
+        assert "content-length" not in reply.headers
 
 
 # ---- Lists -------------------------------------------------------------------
@@ -838,15 +842,15 @@ def test_the_cost_of_a_list_is_proportional_to_its_length():
         durations = []
         for _ in range(5):
             store.cancel(ask._replace(id=store.book(ask).id))
-            begin = time.perf_counter()
+            begin = time.thread_time()
             store.list_events(ask)
-            durations.append(time.perf_counter() - begin)
+            durations.append(time.thread_time() - begin)
         costs.append(min(durations) / number)
     assert costs[1] < 4 * costs[0]
 
 
 # ---- Races -------------------------------------------------------------------
-# Many clients make requests at the same time. These tests fail without Store's lock.
+# A model and many clients: without Store's lock, the tests with many clients fail.
 
 
 class Model:
@@ -970,17 +974,10 @@ def serving_slowly():
     for name in "booking.created", "booking.cancelled", "event.updated":
         store.on(name, lambda *_: time.sleep(0.02))
     with serving(store) as server:
-        server.create()
         yield server
 
 
-def test_slow_bookings_do_not_oversell():
-    with serving_slowly() as server:
-        replies = together(8, lambda _: server.book().status)
-        assert sorted(replies) == [201] * 3 + [400] * 5
-
-
-def test_of_slow_cancellations_one_succeeds():
+def test_only_one_of_many_slow_cancellations_succeeds():
     with serving_slowly() as server:
         server.book()
         replies = together(8, lambda _: server.cancel().status)
@@ -988,7 +985,7 @@ def test_of_slow_cancellations_one_succeeds():
         assert server.read().body == {"id": 1, **EVENT}
 
 
-def test_of_slow_updates_with_one_etag_one_succeeds():
+def test_only_one_of_many_slow_updates_with_one_etag_succeeds():
     with serving_slowly() as server:
         headers = {"If-Match": server.read().headers["etag"]}
 
@@ -1014,13 +1011,12 @@ def test_bookings_can_be_listed_while_others_cancel(server, path, user):
     """Each list is complete: it has the 200 bookings that nobody cancels."""
     server.update(availableTickets=500)
     server.repeat(BOOK, 500)
-    cancel = [
-        request("DELETE", f"/api/bookings/{id}", user=2) for id in range(201, 501)
-    ]
-    lists = request("GET", path, user=user) * 100
+    cancel = [raw("DELETE", f"/api/bookings/{id}", user=2) for id in range(201, 501)]
+    lists = raw("GET", path, user=user) * 100
     replies = together(4, lambda n: server.talk(lists if n else b"".join(cancel)))
+    assert [len(listed) for listed in replies[1:]] == [100] * 3
     for reply in itertools.chain(*replies[1:]):
-        ids = [booking["id"] for booking in json.loads(reply.body)]
+        ids = [booking["id"] for booking in reply.body]
         assert ids[:200] == list(range(1, 201)) and ids == sorted(ids)
     assert statuses(replies[0]) == [200] * 300
 
@@ -1029,14 +1025,12 @@ def test_a_list_shows_every_change_that_has_been_answered(server):
     """In each turn two clients change events while two others list them."""
     server.repeat(CREATE, 3000)
     query = "?available=true&limit=1"
-    listing = request("GET", f"/api/events{query}", user=2)
+    listing = raw("GET", f"/api/events{query}", user=2)
     with frequent_switches(), contextlib.ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in "1234"]
         for turn in range(200):
             body = b'{"title":"%d"}' % turn
-            change = [
-                request("PUT", f"/api/events/{n}", user=1, body=body) for n in (2, 1)
-            ]
+            change = [raw("PUT", f"/api/events/{n}", user=1, body=body) for n in (2, 1)]
             for client, data in zip(clients, [change[0], listing, change[1], listing]):
                 client.sendall(data)
             assert statuses(map(receive, clients)) == [200] * 4
@@ -1089,7 +1083,7 @@ WHOLE_REQUESTS = {
     431: "GET / HTTP/1.1\r\nX: " + "x" * 16_381 + "\r\nHost: a\r\n\r\n",
 }
 MALFORMED = [
-    (status, template.replace("...", case).encode())
+    (status, encoded(template.replace("...", case)))
     for template, table in [
         ("...\r\nHost: a\r\n\r\n", REQUEST_LINES),
         ("GET / HTTP/1.1\r\nHost: a\r\n...\r\n\r\n", HEADER_LINES),
@@ -1118,14 +1112,14 @@ ERRORS = [
     ("Exactly one valid Host is required", b"GET / HTTP/1.1\r\n\r\n"),
     ("Request line too long", b"GET /" + b"x" * 8192),
     ("(Request-)?URI Too Long", b"x" * 70_000 + b"\n"),
-    ("Invalid request target", request("GET", "a")),
-    ("Malformed or incomplete header line", request("GET", "/", " X: 1")),
-    ("Headers too large", request("GET", "/", "X: " + "x" * 16384)),
-    ("Invalid Content-Length", request("GET", "/", "Content-Length: x")),
-    ("Incomplete body", request("GET", "/", "Content-Length: 9")),
+    ("Invalid request target", raw("GET", "a")),
+    ("Malformed or incomplete header line", raw("GET", "/", " X: 1")),
+    ("Headers too large", raw("GET", "/", "X: " + "x" * 16384)),
+    ("Invalid Content-Length", raw("GET", "/", "Content-Length: x")),
+    ("Incomplete body", raw("GET", "/", "Content-Length: 9")),
     (
         "Event has not changed",
-        request("PUT", "/api/events/1", "If-None-Match: *", user=1),
+        raw("PUT", "/api/events/1", "If-None-Match: *", user=1),
     ),
 ]
 
@@ -1133,48 +1127,60 @@ ERRORS = [
 @each("error, wrong", ERRORS, ids=short)
 def test_an_error_response_says_what_is_wrong(shared_server, error, wrong):
     (reply,) = shared_server.talk(wrong)
-    assert re.fullmatch(error, json.loads(reply.body)["error"])
+    assert re.fullmatch(error, reply.body["error"])
 
 
 def of_size(request_line, headers):
-    """Return a request whose request line and headers have so many bytes."""
+    """Return a request whose request line and headers have these sizes in bytes."""
     header = "X: " + "x" * (headers - len("Host: a\r\nX: \r\n"))
-    return request("GET", "/?" + "x" * (request_line - len("GET /? HTTP/1.1")), header)
+    return raw("GET", "/?" + "x" * (request_line - len("GET /? HTTP/1.1")), header)
 
 
 VALID_HOSTS = cases(" \t a \t |[::1]:3000| localhost:3000|a:| A-b.c~%20:65535")
 TARGETS = cases("http://a/|HTTP://A:80/|https://a?x|/?a=b?c/d&%zz|http://[::1]:80")
 KEEPS_OPEN = [
-    *[f"GET / HTTP/1.1\r\nHost:{host}\r\n\r\n".encode() for host in VALID_HOSTS],
-    *[request("GET", target) for target in TARGETS],
-    *[of_size(8192, 99), of_size(99, 16384), b"\r\n" + of_size(8192, 16384)],
-    *[request("GET", "/", body=body) for body in (GET, b" " * 65536)],
-    request("GET", "/", "X:", "X: a\tb", "!#$%&'*+-.^_`|~09azAZ: 1", "Y: ä"),
-    request("GET", "/", "Content-Length: 0000000002") + b"xx",
-    request("GET", "/", "Connection: keep-alive", 'Connection: TE, closed, "close"'),
-    request("GET", "/", "Connection:", *["X: 1"] * 2000),
+    *[(200, encoded(f"GET / HTTP/1.1\r\nHost:{host}\r\n\r\n")) for host in VALID_HOSTS],
+    *[(200, raw("GET", target)) for target in TARGETS],
+    *[(200, raw("GET", "/", body=body)) for body in (GET, b" " * 65536)],
+    (200, of_size(8192, 99)),
+    (200, b"\r\n" + of_size(8192, 16384)),
+    (200, raw("GET", "/", "X:", "X: a\tb", "!#$%&'*+-.^_`|~09azAZ: 1", "Y: ä")),
+    (200, raw("GET", "/", "Content-Length: 0000000002") + b"xx"),
+    (200, raw("GET", "/", "Connection: keep-alive", 'Connection: TE, closed, "close"')),
+    (200, raw("GET", "/", "Connection:", *["X: 1"] * 2000)),
+    (304, raw("GET", "/api/events/1", "If-None-Match: *", user=1)),
+    (304, raw("HEAD", "/api/events/1", "If-None-Match: *", user=1)),
+    (400, raw("POST", "/api/events", user=1, body=GET)),
+    (401, raw("GET", "/api/events")),
+    (403, raw("GET", "/api/bookings", user=1)),
+    (404, raw("OPTIONS", "*")),
+    (405, raw("PATCH", "/")),
 ]
 CLOSES = [
     (200, b"GET / HTTP/1.0\r\n\r\n"),
     (200, b"GET / HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\n\r\n"),
-    (200, request("GET", "/", "Connection: x ,\tClose ,")),
-    (200, request("GET", "/", "Connection: close", "Connection: keep-alive")),
-    (501, request("BREW", "/", body=GET)),
-    (401, request("POST", "/api/events", body=GET)),
-    (403, request("POST", "/api/events", user=2, body=GET)),
-    (404, request("POST", "/x", body=GET)),
-    (405, request("PATCH", "/", body=GET)),
-    (413, request("GET", "/", body=b" " * 65537)),
+    (200, raw("GET", "/", "Connection: x ,\tClose ,")),
+    (200, raw("GET", "/", "Connection: close", "Connection: keep-alive")),
+    (501, raw("BREW", "/", body=GET)),
+    (401, raw("POST", "/api/events", body=GET)),
+    (403, raw("POST", "/api/events", user=2, body=GET)),
+    (404, raw("POST", "/x", body=GET)),
+    (405, raw("PATCH", "/", body=GET)),
+    (413, raw("GET", "/", body=b" " * 65537)),
     (414, of_size(8193, 99)),
     (431, of_size(99, 16385)),
 ]
 
 
-@each("first", KEEPS_OPEN, ids=short)
-def test_a_valid_request_keeps_the_connection_open(shared_server, first):
+@each("status, first", KEEPS_OPEN, ids=short)
+def test_a_response_keeps_the_connection_if_no_body_is_unread(
+    shared_server, status, first
+):
     """The advertised timeout is one second less than the server's."""
-    for reply in shared_server.talk(first + GET + GET):
-        assert (reply.status, reply.headers["keep-alive"]) == (200, "timeout=15")
+    replies = shared_server.talk(first + GET + GET)
+    assert statuses(replies) == [status, 200, 200]
+    for reply in replies:
+        assert reply.headers["keep-alive"] == "timeout=15"
         assert "connection" not in reply.headers
 
 
@@ -1186,30 +1192,13 @@ def test_a_response_that_closes_the_connection_says_so(shared_server, status, la
     assert "keep-alive" not in reply.headers
 
 
-ERRORS_THAT_KEEP_OPEN = [
-    (401, request("GET", "/api/events")),
-    (403, request("GET", "/api/bookings", user=1)),
-    (404, request("OPTIONS", "*")),
-    (405, request("PATCH", "/")),
-    (400, request("POST", "/api/events", user=1, body=GET)),
-]
-
-
-@each("status, wrong", ERRORS_THAT_KEEP_OPEN, ids=short)
-def test_an_error_keeps_the_connection_if_no_body_is_unread(
-    shared_server, status, wrong
-):
-    assert statuses(shared_server.talk(wrong + GET)) == [status, 200]
-
-
 EXPECT = "Expect: 100-Continue", f"Content-Length: {len(BODY)}"
-CREATE_HEAD = request("POST", "/api/events", *EXPECT, user=1)
+CREATE_HEAD = raw("POST", "/api/events", *EXPECT, user=1)
 REJECTED = [
-    (404, request("POST", "/x", *EXPECT)),
-    (405, request("PATCH", "/api/events", *EXPECT)),
-    (401, request("POST", "/api/events", *EXPECT)),
-    (403, request("POST", "/api/events", *EXPECT, user=2)),
-    (413, request("POST", "/api/events", EXPECT[0], "Content-Length: 65537", user=1)),
+    (404, raw("POST", "/x", *EXPECT)),
+    (401, raw("POST", "/api/events", *EXPECT)),
+    (403, raw("POST", "/api/events", *EXPECT, user=2)),
+    (413, raw("POST", "/api/events", EXPECT[0], "Content-Length: 65537", user=1)),
 ]
 
 
@@ -1228,9 +1217,9 @@ def test_a_rejected_client_is_not_told_to_continue(shared_server, status, head):
 def test_control_characters_of_a_client_are_escaped(shared_server):
     name = '"\r\nSet-Cookie: x\x1b<script>'
     body = json.dumps({name: 1}).encode()
-    (reply,) = shared_server.talk(request("PUT", "/api/events/1", user=1, body=body))
+    (reply,) = shared_server.talk(raw("PUT", "/api/events/1", user=1, body=body))
     assert (reply.status, "set-cookie" in reply.headers) == (400, False)
-    assert not re.search(b"[\r\x1b]|\n.", reply.body)
+    assert not re.search(b"[\r\x1b]|\n.", reply.raw)
 
 
 def test_empty_lines_after_the_last_request_get_no_response(shared_server):
@@ -1239,24 +1228,21 @@ def test_empty_lines_after_the_last_request_get_no_response(shared_server):
 
 
 LONG = [  # headers, targets and bodies of about 16, 8 and 64 KiB
-    *[request("GET", "/", f"{name}: x{' ' * 16_000}x") for name in ("Connection", "X")],
+    *[raw("GET", "/", f"{name}: x{' ' * 16_000}x") for name in ("Connection", "X")],
     *[
-        request("GET", "/", f"Connection: {',' * 16_000}"),
-        request("GET", "/" + "9" * 8000),
+        raw("GET", "/", f"Connection: {',' * 16_000}"),
+        raw("GET", "/" + "9" * 8000),
     ],
     *[
-        request("GET", "/", *["a:"] * 4000),
-        request("GET", "http://" + "a" * 8000 + "@/"),
+        raw("GET", "/", *["a:"] * 4000),
+        raw("GET", "http://" + "a" * 8000 + "@/"),
     ],
-    request("PUT", "/api/events/1", f"If-Match: x{' ' * 16_000}x", user=1),
-    *[
-        request("GET", f"/api/events?{text}", user=2)
-        for text in ("&" * 8000, "%" * 8000)
-    ],
-    *[request("GET", f"/api/events?offset={'9' * 8000}", user=2)],
-    *[request("POST", "/api/events", user=1, body=b'{"x":' + b" " * 65_000 + b"!")],
-    *[request("POST", "/api/events", user=1, body=b"[" + b"9" * 65_000 + b"]")],
-    *[request("POST", "/api/events", user=1, body=b'"' + b"\\u0000" * 10_000)],
+    raw("PUT", "/api/events/1", f"If-Match: x{' ' * 16_000}x", user=1),
+    *[raw("GET", f"/api/events?{text}", user=2) for text in ("&" * 8000, "%" * 8000)],
+    *[raw("GET", f"/api/events?offset={'9' * 8000}", user=2)],
+    *[raw("POST", "/api/events", user=1, body=b'{"x":' + b" " * 65_000 + b"!")],
+    *[raw("POST", "/api/events", user=1, body=b"[" + b"9" * 65_000 + b"]")],
+    *[raw("POST", "/api/events", user=1, body=b'"' + b"\\u0000" * 10_000)],
 ]
 
 
@@ -1274,7 +1260,7 @@ def test_the_cost_of_parsing_is_proportional_to_the_size(shared_server, long):
 # ---- Connections -------------------------------------------------------------
 
 
-@each("status, data", [(201, CREATE), (200, LIST), (400, request("GET", "/", "X : 1"))])
+@each("status, data", [(201, CREATE), (200, LIST), (400, raw("GET", "/", "X : 1"))])
 def test_a_request_can_arrive_in_two_pieces(server, status, data):
     for at in range(1, len(data)):
         assert statuses(server.talk(data[:at], data[at:])) == [status], at
@@ -1289,21 +1275,21 @@ def test_an_incomplete_request_is_never_performed(server):
 
 
 def test_pipelined_requests_are_answered_in_order(server):
-    reads = [request("GET", f"/api/events/{id}", user=2) for id in range(2, 52)]
+    reads = [raw("GET", f"/api/events/{id}", user=2) for id in range(2, 52)]
     replies = server.talk(CREATE * 50 + b"".join(reads))
     assert statuses(replies) == [201] * 50 + [200] * 50
-    assert [json.loads(reply.body)["id"] for reply in replies] == [*range(2, 52)] * 2
+    assert [reply.body["id"] for reply in replies] == [*range(2, 52)] * 2
 
 
 def make_a_long_list(server):
-    """Create so many events that 40 lists of them do not fit into socket buffers."""
+    """Create so many events that 30 lists of them do not fit into socket buffers."""
     body = json.dumps({**EVENT, "title": "\x01" * 200}).encode()
-    server.repeat(request("POST", "/api/events", user=1, body=body), 300)
+    server.repeat(raw("POST", "/api/events", user=1, body=body), 300)
 
 
 @contextlib.contextmanager
-def client_that_does_not_read(server, data=LIST * 40):
-    """Connect a client whose responses have 15 MB, and which reads none of them."""
+def client_that_does_not_read(server, data=LIST * 30):
+    """Connect a client whose responses have 11 MB, and which reads none of them."""
     with server.connect() as connection:
         connection.sendall(data)
         connection.recv(1, socket.MSG_PEEK)
@@ -1317,10 +1303,10 @@ def reset(connection):
     connection.close()
 
 
-STATES = [b"", CREATE[:20], CREATE[:-9], LIST, LIST * 40, b"\0\n", b"\0\n" * 50_000]
+STATES = [b"", CREATE[:20], CREATE[:-9], LIST, LIST * 30, b"\0\n", b"\0\n" * 50_000]
 
 
-@with_server(connection_limit=3, idle_timeout=9)
+@with_server(connection_limit=3, idle_timeout=60)
 @each("data", STATES, ids=short)
 def test_a_client_that_disconnects_leaves_its_place(server, data):
     """Ten clients come and go, and there is room for three."""
@@ -1366,12 +1352,12 @@ def test_a_client_that_sends_slowly_is_dropped(server, data):
 
 
 @with_server(client_timeout=0.15)
-@each("data, expected", [(b"", []), (CREATE[:-1], [400]), (GET, [200])])
+@each("data, expected", [(b"", []), (CREATE[:-1], []), (GET, [200])])
 def test_an_idle_client_is_dropped_after_the_timeout(server, data, expected):
     begin = time.monotonic()
     with server.connect() as connection:
         connection.sendall(data)
-        assert statuses(read_to_end(connection)) in ([], expected)
+        assert statuses(read_to_end(connection)) == expected
         assert 0.1 < time.monotonic() - begin < 5
 
 
@@ -1379,17 +1365,15 @@ def test_a_slow_operation_does_not_count_as_idle():
     store, never_set = eventbook.Store(), threading.Event()
     store.on("event.updated", lambda *_: never_set.wait(0.4))
     limits = {"client_timeout": 0.2, "connection_limit": 1, "idle_timeout": 0.1}
-    with serving(store, **limits) as server:
-        server.create()
+    with serving(store, **limits) as server, ThreadPoolExecutor(1) as pool:
         with server.connect() as connection:
-            connection.sendall(request("PUT", "/api/events/1", user=1))
-            waiting = threading.Thread(target=server.settle)
-            waiting.start()
+            connection.sendall(raw("PUT", "/api/events/1", user=1))
+            newcomer = pool.submit(server.settle)
             assert statuses(read_to_end(connection)) == [200]
-        waiting.join(10)
+        newcomer.result()
 
 
-@with_server(connection_limit=8, idle_timeout=0.2)
+@with_server(connection_limit=8, idle_timeout=60)
 def test_every_client_of_a_crowd_is_served(server):
     """Of 24 clients each books ten tickets, on a new connection if it was closed."""
     server.update(availableTickets=1000)
@@ -1405,7 +1389,7 @@ def test_every_client_of_a_crowd_is_served(server):
         connection.close()
         return booked
 
-    booked = [booking for each in together(24, client) for booking in each]
+    booked = list(itertools.chain(*together(24, client)))
     logged = [booking for _, booking in server.logged()]
     assert len(booked) == 240
     assert sorted(booked, key=str) == sorted(logged, key=str)
@@ -1431,7 +1415,7 @@ def test_a_client_that_was_dropped_has_booked_nothing(server):
 
 @with_server(connection_limit=3, idle_timeout=0.1)
 def test_the_client_that_is_idle_longest_makes_room(server):
-    """The first client has made a second request, so it is the second client."""
+    """The first client made the latest request, so the second client is dropped."""
     with server.connect() as first, server.connect() as second:
         for connection in first, second, first:
             assert exchange(connection, GET).status == 200
@@ -1459,11 +1443,12 @@ def test_a_full_server_closes_after_each_response(server):
     assert server.list().status == 200
 
 
+@linux
 def test_without_more_threads_only_newcomers_are_disconnected(server):
     """No thread can start with a stack that is larger than the address space."""
     with server.connect() as client:
         assert exchange(client, GET).status == 200
-        threading.stack_size(2**46)
+        threading.stack_size(2**50)
         try:  # One thread may be free, so that it serves the first newcomer.
             with server.connect(), server.connect() as newcomer:
                 assert newcomer.recv(1) == b""
@@ -1473,9 +1458,9 @@ def test_without_more_threads_only_newcomers_are_disconnected(server):
     assert server.book().status == 201
 
 
-@each("data", [request("GET", "/", "X : 1"), request("BREW", "/"), b"\n"], ids=short)
+@each("data", [raw("GET", "/", "X : 1"), raw("BREW", "/"), b"\n"], ids=short)
 def test_an_error_can_be_read_by_a_client_that_still_sends(server, data):
-    """To close a connection with unread input would reset it, and the error be lost."""
+    """Closing with unread input would reset the connection and lose the error."""
     (reply,) = server.talk(data, *[b"x" * 99_999] * 9)
     assert reply.status in (400, 501)
 
@@ -1549,46 +1534,52 @@ def test_without_the_log_nothing_is_booked_and_stderr_says_why(server):
 
 def test_without_the_log_nothing_is_cancelled(server):
     server.book()
-    server.log.unlink()
-    server.log.mkdir()
+    os.remove(server.log)
+    os.mkdir(server.log)
     assert server.cancel().status == 503
-    server.log.rmdir()
+    os.rmdir(server.log)
     assert server.cancel().status == 200
 
 
-@each("name", ["booking.created", "booking.cancelled", "event.updated"])
-def test_an_observer_that_raises_prevents_the_change(capsys, name):
+FAILING = [
+    ("booking.created", Client.book),
+    ("booking.cancelled", Client.cancel),
+    ("event.updated", Client.update),
+]
+
+
+@each("name, change", FAILING)
+def test_an_observer_that_raises_prevents_the_change(capsys, name, change):
     """The client gets a 500, stderr the traceback; later observers are not called."""
     failing, called, store = [True], [], eventbook.Store()
     with serving(store) as server:
-        server.create()
         server.book()
         store.on(name, lambda *_: failing and 1 / 0)
         store.on(name, lambda *_: called.append(name))
-        changes = {
-            "booking.created": server.book,
-            "booking.cancelled": server.cancel,
-            "event.updated": lambda: server.update(title="New"),
-        }
-        before = server.read().body, server.bookings_of_event().body
-        assert changes[name]()[:2] == (500, {"error": "Internal server error"})
-        assert (server.read().body, server.bookings_of_event().body) == before
+        before = server.read()[:2], server.bookings_of_event().body
+        assert change(server)[:2] == (500, {"error": "Internal server error"})
+        assert (server.read()[:2], server.bookings_of_event().body) == before
         assert (called, capsys.readouterr().err.count("ZeroDivisionError")) == ([], 1)
         failing.clear()
-        assert (changes[name]().status < 300, called) == (True, [name])
+        assert (change(server).status < 300, called) == (True, [name])
 
 
 def test_a_bug_is_reported_although_its_client_has_disconnected(capsys):
-    store, disconnected = eventbook.Store(), threading.Event()
-    store.on("event.updated", lambda *_: disconnected.wait(5) and 1 / 0)
+    store, started, disconnected = (
+        eventbook.Store(),
+        threading.Event(),
+        threading.Event(),
+    )
+    store.on(
+        "event.updated", lambda *_: started.set() or disconnected.wait(20) and 1 / 0
+    )
     with serving(store) as server:
-        server.create()
         connection = server.connect()
-        connection.sendall(request("PUT", "/api/events/1", user=1))
-        server.settle()
+        connection.sendall(raw("PUT", "/api/events/1", user=1))
+        started.wait(20)
         reset(connection)
         disconnected.set()
-        (reply,) = server.talk(request("PUT", "/api/events/1", user=1) + GET)
+        (reply,) = server.talk(raw("PUT", "/api/events/1", user=1) + GET)
         assert (reply.status, reply.headers["connection"]) == (500, "close")
     assert capsys.readouterr().err.count("ZeroDivisionError") == 2
 
@@ -1602,7 +1593,6 @@ def test_the_console_never_affects_a_request(tmp_path, console):
         notifier.start()
         store = eventbook.open_store(str(tmp_path / "log"), notifier, notifier)
         with serving(store) as server:
-            server.create()
             assert server.book().status == 201
         notifier.close(5)
         assert not notifier.is_alive()
@@ -1630,6 +1620,9 @@ def launch(tmp_path):
             process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **pipes)
             stack.enter_context(process)
             stack.callback(process.kill)
+            timer = threading.Timer(30, process.kill)  # in case that it hangs
+            timer.start()
+            stack.callback(timer.cancel)
             line = process.stdout.readline()
             client = Client(int(line.rpartition(":")[2] or 0), tmp_path / "log")
             client.process, client.line = process, line
@@ -1643,22 +1636,22 @@ def program(launch):
     return launch("--log", "log")
 
 
-def outcome(process, timeout=5):
+def outcome(process, timeout=20):
     """Wait for the end of a process; return (exit status, stdout, stderr)."""
     stdout, stderr = process.communicate(timeout=timeout)
     return process.returncode, stdout, stderr
 
 
 def test_requests_that_have_arrived_are_answered_at_the_stop():
-    """Also those that are pipelined; idle clients are disconnected at once."""
+    """Pipelined requests are answered too; idle clients are disconnected at once."""
     with contextlib.ExitStack() as stack:
-        with serving(eventbook.Store()) as server:
+        with serving(eventbook.Store(), shutdown_timeout=30) as server:
             clients = [stack.enter_context(server.connect()) for _ in range(16)]
             assert all(exchange(client, GET).status == 200 for client in clients)
             for client in clients[1:]:
                 client.sendall(GET * 3)
             begin = time.monotonic()
-        assert time.monotonic() - begin < 1
+        assert time.monotonic() - begin < 10
         assert clients[0].recv(1) == b""
         for client in clients[1:]:
             assert statuses(read_to_end(client)) == [200] * 3
@@ -1669,7 +1662,7 @@ def test_no_client_can_delay_the_stop(tmp_path):
     with contextlib.ExitStack() as stack:
         with serving_all(tmp_path, shutdown_timeout=0.2) as server:
             make_a_long_list(server)
-            for data in [b"", CREATE[:-2], LIST * 40] * 3:
+            for data in [b"", CREATE[:-2], LIST * 30] * 3:
                 stack.enter_context(server.connect()).sendall(data)
             server.settle()
             begin = time.monotonic()
@@ -1689,14 +1682,14 @@ def test_a_signal_stops_the_program(launch, name, flags):
     program = launch("--log", "log", flags=flags)
     program.create()
     make_a_long_list(program)
-    late_reader = client_that_does_not_read(program, LIST * 40 + BOOK)
+    late_reader = client_that_does_not_read(program, LIST * 30 + BOOK)
     with program.connect() as idle, late_reader as late:
         program.settle()
         program.process.send_signal(getattr(signal, name))
         assert read_to_end(idle) == []
         with pytest.raises(OSError):
             program.connect()
-        assert statuses(read_to_end(late)) == [200] * 40 + [201]
+        assert statuses(read_to_end(late)) == [200] * 30 + [201]
     printed = "📧 Booking confirmation email sent for booking 1\n"
     assert outcome(program.process) == (0, printed, "")
 
@@ -1704,7 +1697,7 @@ def test_a_signal_stops_the_program(launch, name, flags):
 @posix
 @each("reader", [True, False])
 def test_the_stop_waits_for_a_reader_of_the_output_but_not_long(program, reader):
-    """The pipe of stdout is full. Meanwhile a client tries to connect each 7 ms."""
+    """The pipe of stdout is full. Meanwhile a client tries to connect every 7 ms."""
     program.create(availableTickets=2500)
     program.repeat(BOOK, 2500)
     begin, accepted = time.monotonic(), 0
@@ -1716,7 +1709,7 @@ def test_the_stop_waits_for_a_reader_of_the_output_but_not_long(program, reader)
         time.sleep(0.007)
     assert (program.process.returncode, program.process.stderr.read()) == (0, "")
     assert printed.count("📧") == (2500 if reader else 0)
-    assert accepted < 0.5 and time.monotonic() - begin < 4
+    assert accepted < 1 and time.monotonic() - begin < 4
 
 
 @posix
@@ -1739,7 +1732,7 @@ def test_a_second_ctrl_c_ends_the_program_at_once(program):
         program.process.send_signal(signal.SIGINT)
         assert read_to_end(idle) == []
         program.process.send_signal(signal.SIGINT)
-        assert program.process.wait(1) == -signal.SIGINT
+        assert program.process.wait(20) == -signal.SIGINT
 
 
 @posix
@@ -1759,6 +1752,7 @@ def test_kill_9_loses_no_confirmed_booking(program):
     complete = program.log.read_bytes().rpartition(b"\n")[0].splitlines()
     logged = [json.loads(line)["data"] for line in complete]
     assert [booking["id"] for booking in logged] == list(range(1, len(logged) + 1))
+    assert len(confirmed) >= 200
     assert all(booking in logged for booking in confirmed)
 
 
@@ -1808,7 +1802,7 @@ PORTS = [  # arguments, PORT, the port
 
 
 @each("arguments, variable, port", PORTS)
-def test_the_option_precedes_the_variable_port(monkeypatch, arguments, variable, port):
+def test_the_port_option_overrides_the_variable(monkeypatch, arguments, variable, port):
     if variable is None:
         monkeypatch.delenv("PORT", raising=False)
     else:
@@ -1817,7 +1811,7 @@ def test_the_option_precedes_the_variable_port(monkeypatch, arguments, variable,
 
 
 def test_port_is_used_and_free_again_at_once(launch):
-    """The server closes a connection first, which remains in TIME_WAIT."""
+    """The server closes first, so that the connection stays in TIME_WAIT."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     for _ in "12":
