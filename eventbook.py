@@ -641,7 +641,7 @@ class Handler(BaseHTTPRequestHandler):
         # A full server closes the connection to make room for another client.
         self.close_connection = self.close_connection or self.server.is_full()
         # The client is told one second less, or it might send while the server closes.
-        keep_alive = f"Keep-Alive: timeout={self.server.client_timeout - 1:.0f}"
+        keep_alive = f"Keep-Alive: timeout={self.server.client_timeout - 1}"
         lines = [
             f"HTTP/1.1 {status} {self.responses[status][0]}",
             f"Date: {http_date(int(time.time()), usegmt=True)}",
@@ -679,9 +679,9 @@ class Server(ThreadingHTTPServer):
     server_bind = socketserver.TCPServer.server_bind
     connection_limit = 512  # open connections; an nginx worker has as many
     request_queue_size = 4096  # clients that wait to be accepted; Linux's default
-    client_timeout = 16.0  # seconds that a client may be idle
-    idle_timeout = 1.0  # seconds that a client may be idle while others wait
-    shutdown_timeout = 2.0  # seconds to answer the last requests when the server stops
+    client_timeout = 16  # seconds that a client may be idle
+    idle_timeout = 1  # seconds that a client may be idle while others wait
+    shutdown_timeout = 2  # seconds to answer the last requests when the server stops
 
     def __init__(self, address, store):
         """Bind and listen; raises OSError, OverflowError (port) or TypeError (host)."""
