@@ -273,7 +273,7 @@ class Notifier(threading.Thread):
 
     def run(self):
         batch = []
-        while "" not in batch:  # close() queues an empty string, which ends this.
+        while "" not in batch:  # close() queues an empty string to end the loop.
             batch = [self.lines.get()]
             time.sleep(0.01)  # Several lines are then printed with one write.
             batch += [self.lines.get() for _ in range(self.lines.qsize())]
@@ -640,7 +640,7 @@ class Handler(BaseHTTPRequestHandler):
         body = data if isinstance(data, bytes) else encode(data)
         # A full server closes the connection to make room for another client.
         self.close_connection = self.close_connection or self.server.is_full()
-        # The client is told one second less, or it might send while the server closes.
+        # The client is told one second less than the limit, so that it stops in time.
         keep_alive = f"Keep-Alive: timeout={self.server.client_timeout - 1}"
         lines = [
             f"HTTP/1.1 {status} {self.responses[status][0]}",
