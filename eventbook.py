@@ -318,7 +318,7 @@ class Store(Observable):
     def create(self, request):
         """Create an event."""
         body = request.json()
-        # Unknown names are ignored. A misspelt name is an error: its field is missing.
+        # Unknown fields are ignored: a misspelt one is reported as missing.
         values = {name: body.get(name) for name in CREATE_RULES}
         validate(values, CREATE_RULES)
         with self.lock:
@@ -332,9 +332,9 @@ class Store(Observable):
             request.check_preconditions(event.etag, status=412)
             description = "must be the id in the path"
             same_id = Rule(lambda v: type(v) is int and v == event.id, description)
-            # Unknown names are errors, because a misspelt one would be a lost edit.
+            # Unknown fields are errors: ignoring a misspelt one would lose the edit.
             validate(values, {**UPDATE_RULES, "id": same_id})
-            # Each customer is notified once, even if nothing changes.
+            # Notify each customer once per update, even if it changes nothing.
             bookings = self._bookings(self.by_event[event.id])
             self.emit("event.updated", dict.fromkeys(b.customerId for b in bookings))
             if event._replace(**values) == event:
@@ -731,7 +731,7 @@ class Server(ThreadingHTTPServer):
                 return super().get_request()
         if not self.drop_idle(self.idle_timeout):
             time.sleep(0.005)
-        raise BlockingIOError  # The base class ignores it, and will call again.
+        raise BlockingIOError  # The base class ignores this error and tries again.
 
     def process_request(self, request, client_address):
         """Give a connection to a free thread, or to a new one if none is free."""
@@ -776,7 +776,7 @@ class Server(ThreadingHTTPServer):
         deadline = time.monotonic() + self.shutdown_timeout
         while self.connections and time.monotonic() < deadline:
             time.sleep(0.01)
-        self.accepted.put(())  # An empty tuple ends all threads that are waiting.
+        self.accepted.put(())  # Each waiting thread puts the tuple back and ends.
 
 
 # ---- Command line ------------------------------------------------------------
@@ -784,7 +784,7 @@ class Server(ThreadingHTTPServer):
 
 
 def parse_options(arguments):
-    """Return the options; exits with status 2 if they or PORT are invalid."""
+    """Return the options; exits with status 2 if one of them, or $PORT, is invalid."""
     users = "".join(f"  user-id: {user}  {role}\n" for user, role in USERS.items())
     example = "  curl -H 'user-id: 2' http://localhost:3000/api/events"
     parser = argparse.ArgumentParser(
