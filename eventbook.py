@@ -253,19 +253,12 @@ class Log:
             raise HTTPError(503, "The log cannot be written", headers) from None
 
 
-class Notifier(threading.Thread):
+class Printer(threading.Thread):
     """Prints lines in order from its own thread, so that no request waits for it."""
 
     def __init__(self, stream):
         super().__init__(daemon=True)
         self.stream, self.lines = stream, queue.SimpleQueue()
-
-    def confirm(self, _, booking):
-        self.say(f"📧 Booking confirmation email sent for booking {booking.id}")
-
-    def announce(self, _, customers):
-        for customer in customers:
-            self.say(f"🔔 Event update notification sent to customer {customer}")
 
     def say(self, line):
         """Queue a line; never blocks or fails."""
@@ -485,9 +478,9 @@ def dispatch(store, route, request):
     result = route.operation(store, request)
     if isinstance(result, Response):
         return result
-    name, headers, data = "booking", {}, result.members()
-    if isinstance(result, Event):
-        name, headers = "event", {"ETag": result.etag}
+    name = "event" if isinstance(result, Event) else "booking"
+    headers = {"ETag": result.etag} if name == "event" else {}
+    data = result.members()
     if route.message:
         data = {"message": route.message, name: data}
     if route.method == "POST":
@@ -498,12 +491,12 @@ def dispatch(store, route, request):
 # ---- Request parsing ---------------------------------------------------------
 # http.server parses headers with the e-mail parser, which accepts folded lines, bare
 # line feeds, two lengths and no Host. Two servers can then disagree on where a request
-# ends, which enables request smuggling. So one pattern must match the request line here
-# and another one the headers (RFC 9112, sections 2 to 7).
+# ends, which enables request smuggling. So one pattern must match the request line, and
+# another one the headers (RFC 9112, sections 2 to 7).
 
 REQUEST_LINE_LIMIT = 8 * 1024  # bytes; nginx's default
 HEADERS_LIMIT = 16 * 1024  # bytes of all header lines; Node.js's default
-BODY_LIMIT = 64 * 1024  # bytes; the JSON of an event has at most 3,000
+BODY_LIMIT = 64 * 1024  # bytes; a valid event needs at most 3,000
 
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(f'({TOKEN}) ([!"$-~]+) (HTTP/[1-9][.][0-9])\r\n')
@@ -571,8 +564,8 @@ class Handler(BaseHTTPRequestHandler):
     """Serves the requests of one connection.
 
     For each request the base class reads the request line and calls parse_request(). If
-    that returns True, it calls do_GET(), do_POST() and so on, which all are respond(),
-    or send_error() for an unknown method. If close_connection is False, it goes on.
+    that returns True, it calls do_GET(), do_POST() or another, which are all respond(),
+    or send_error() for an unknown method. It stops when close_connection is True.
     """
 
     protocol_version = "HTTP/1.1"
@@ -580,20 +573,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def parse_request(self):
         """Parse the request line and the headers; return False if they are invalid."""
-        self.close_connection, self.command = True, None  # values for an error
+        self.close_connection, self.command = True, None  # in case of an error
         if self.raw_requestline == b"\r\n":  # An empty line is skipped: RFC 9112, 2.2.
             self.raw_requestline = self.rfile.readline(REQUEST_LINE_LIMIT + 3)
             if not self.raw_requestline:
                 return False
         try:
-            request_line = parse_request_line(self.raw_requestline)
-            self.command, self.path, self.query, self.request_version = request_line
+            parsed = parse_request_line(self.raw_requestline)
+            self.command, self.path, self.query, self.request_version = parsed
             line, lines = None, bytearray()
             while line not in (b"\r\n", b"\n", b"") and len(lines) <= HEADERS_LIMIT + 2:
                 line = self.rfile.readline(HEADERS_LIMIT + 3)
                 lines += line
-            headers = parse_headers(bytes(lines), self.request_version)
-            self.headers, self.length, self.keep_alive, self.expects_100 = headers
+            parsed = parse_headers(bytes(lines), self.request_version)
+            self.headers, self.length, self.keep_alive, self.expects_100 = parsed
             return True
         except HTTPError as error:
             self.send(error.response)
@@ -613,16 +606,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def perform(self):
         """Check the role, read the body and return the response; raises HTTPError."""
-        # An error response leaves the body unread, which must not become a request.
+        # After an error, an unread body must not be taken for the next request.
         self.close_connection = self.length > 0 or not self.keep_alive
-        user = self.headers.get("user-id")
-        route, id, user = authorize(self.command, self.path, user)
+        user_id = self.headers.get("user-id")
+        route, id, user = authorize(self.command, self.path, user_id)
         if self.expects_100:
             self.handle_expect_100()
         body = self.rfile.read(self.length)
         require(len(body) == self.length, 400, "Incomplete body")
         self.close_connection = not self.keep_alive
-        self.server.claim(self.connection)  # From here on, the client is not dropped.
+        self.server.claim(self.connection)  # It is not dropped before send().
         request = Request(self.query, self.headers, body, id, user)
         return dispatch(self.server.store, route, request)
 
@@ -670,11 +663,11 @@ class Server(ThreadingHTTPServer):
 
     A connection is idle while the server waits for its client, to send a request or to
     read a response. The thread of a connection calls claim() before it performs a
-    request. After that the server does not drop the client, and a request of a client
-    that was dropped is not performed.
+    request. Then the server does not drop the client before the response is sent. No
+    request of a client that was dropped is performed.
     """
 
-    allow_reuse_address = os.name == "posix"  # On Windows, servers could share a port.
+    allow_reuse_address = os.name == "posix"  # On Windows it lets servers share a port.
     # HTTPServer.server_bind() makes a DNS lookup, which can take seconds.
     server_bind = socketserver.TCPServer.server_bind
     connection_limit = 512  # open connections; an nginx worker has as many
@@ -688,7 +681,8 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.store, self.connections = store, set()
         self.lock, self.idle_since = threading.Lock(), {}  # idle connection -> time
-        self.accepted, self.free_threads = queue.SimpleQueue(), threading.Semaphore(0)
+        self.free_threads = threading.Semaphore(0)  # how many threads are free
+        self.accepted = queue.SimpleQueue()  # the connections for free threads
         files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
         if files > 0:  # 24 files are for the log, the console and closing connections.
             self.connection_limit = max(8, min(self.connection_limit, files - 24))
@@ -704,18 +698,18 @@ class Server(ThreadingHTTPServer):
     def claim(self, connection):
         """Note that a connection is busy; raises HTTPError (408) if it was dropped."""
         with self.lock:
-            require(self.idle_since.pop(connection, None), 408, "Request timed out")
+            since = self.idle_since.pop(connection, None)
+        require(since is not None, 408, "Request timed out")
 
     def drop_idle(self, seconds):
-        """Drop the client that is idle longest; return False if none is for so long."""
-        with self.lock:
+        """Drop the longest idle client; return False if none is idle for `seconds`."""
+        with self.lock, contextlib.suppress(OSError):  # It has disconnected already.
             connection = min(self.idle_since, key=self.idle_since.get, default=None)
             limit = time.monotonic() - seconds
             if connection is None or self.idle_since[connection] > limit:
                 return False
             del self.idle_since[connection]
-        self.connections.discard(connection)
-        with contextlib.suppress(OSError):  # The client has disconnected already.
+            self.connections.discard(connection)
             connection.shutdown(socket.SHUT_RDWR)
         return True
 
@@ -725,7 +719,7 @@ class Server(ThreadingHTTPServer):
             pass
 
     def get_request(self):
-        """Accept a connection; raises OSError if the server is full."""
+        """Accept a connection; raises OSError if there is no room for one."""
         with contextlib.suppress(OSError):  # The system has no file descriptor left.
             if not self.is_full():
                 return super().get_request()
@@ -802,14 +796,22 @@ def parse_options(arguments):
     return parser.parse_args(arguments)
 
 
-def open_store(log_path, notifier, reporter):
+def open_store(log_path, printer, error_printer):
     """Return a Store with its observers; raises OSError if the log is not writable."""
     if log_path == DEFAULT_LOG:  # Other folders must exist: their name may be a typo.
         os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
-    store, log = Store(), Log(log_path, reporter.say)
-    store.on("booking.created", log, notifier.confirm)
+
+    def confirm(_, booking):
+        printer.say(f"📧 Booking confirmation email sent for booking {booking.id}")
+
+    def notify(_, customers):
+        for customer in customers:
+            printer.say(f"🔔 Event update notification sent to customer {customer}")
+
+    store, log = Store(), Log(log_path, error_printer.say)
+    store.on("booking.created", log, confirm)
     store.on("booking.cancelled", log)
-    store.on("event.updated", notifier.announce)
+    store.on("event.updated", notify)
     return store
 
 
@@ -842,9 +844,9 @@ def install_signal_handlers():
 def main(arguments=None):
     options = parse_options(arguments)
     host, port = options.host or "127.0.0.1", options.port
-    notifier, reporter = Notifier(sys.stdout), Notifier(sys.stderr)
+    printer, error_printer = Printer(sys.stdout), Printer(sys.stderr)
     try:
-        store = open_store(options.log, notifier, reporter)
+        store = open_store(options.log, printer, error_printer)
     except OSError as error:
         sys.exit(f"eventbook: cannot write {options.log} ({error}); change --log")
     try:
@@ -854,21 +856,21 @@ def main(arguments=None):
         sys.exit(f"eventbook: {problem}; change --port or --host")
     pin_to_one_cpu()
     threading.stack_size(2 * 1024**2)  # With 1 MiB, nested JSON crashes Python 3.13.
-    notifier.start()
-    reporter.start()
+    printer.start()
+    error_printer.start()
     threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
     name = "localhost" if host == "127.0.0.1" else host
     name = f"[{name}]" if ":" in name else name
     port = server.server_address[1]
     with contextlib.suppress(KeyboardInterrupt):
         install_signal_handlers()
-        notifier.say(f"eventbook is listening on http://{name}:{port}")
+        printer.say(f"eventbook is listening on http://{name}:{port}")
         while True:  # until a signal raises KeyboardInterrupt
             time.sleep(0.5)
     server.shutdown()
     server.server_close()
-    notifier.close(timeout=1)
-    reporter.close(timeout=1)
+    printer.close(timeout=1)
+    error_printer.close(timeout=1)
 
 
 if __name__ == "__main__":

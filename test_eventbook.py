@@ -137,7 +137,7 @@ class Client:
         assert self.call("GET", "/").status == 200
 
     def logged(self):
-        """Return [("created" or "cancelled", booking)], one for each line of the log."""
+        """Return [("created" or "cancelled", booking)] for the lines of the log."""
         entries = [json.loads(line) for line in self.log.read_bytes().splitlines()]
         return [(entry["event"][len("booking.") :], entry["data"]) for entry in entries]
 
@@ -266,7 +266,7 @@ def serving_all(folder, **limits):
         printers = {}
         for name in "stdout", "stderr":
             stream = stack.enter_context(open(folder / name, "a", encoding="utf-8"))
-            printers[name] = eventbook.Notifier(stream)
+            printers[name] = eventbook.Printer(stream)
             printers[name].start()
             stack.callback(printers[name].close, 10)
 
@@ -352,7 +352,8 @@ def test_the_nine_cases_of_the_assignment(server):
 
 
 def test_json_has_its_keys_in_order_and_no_spaces(server):
-    event = '{"id":1,"title":"Tech Conference 2026","date":"2026-02-15","availableTickets":3}'
+    event = '{"id":1,"title":"Tech Conference 2026","date":"2026-02-15",'
+    event += '"availableTickets":3}'
     assert server.read().raw == f"{event}\n".encode()
 
 
@@ -494,9 +495,9 @@ TICKETS = "must be an integer from 1 to 1,000,000,000"
 INVALID_DATES = cases(
     "|now|2026|2026-02|2026-046|20260215|2026-W07-7|2026-2-15|2026-02-30|2025-02-29"
     "|2026-13-01|0000-01-01|２０２６-02-15|2026-02-15T|2026-02-15Z|2026-02-15 19:30"
-    "|2026-02-15t19:30|2026-02-15T24:00|2026-02-15T19|2026-02-15T19:60|2026-02-15T19:30.5"
-    "|2026-02-15T19:30:60|2026-02-15T19:30:00.|2026-02-15T19:30:00,5|2026-02-15T19:30+0100"
-    "|2026-02-15T19:30+25:00|2026-02-15T19:30:00.1234567890"
+    "|2026-02-15t19:30|2026-02-15T24:00|2026-02-15T19|2026-02-15T19:60"
+    "|2026-02-15T19:30.5|2026-02-15T19:30:60|2026-02-15T19:30:00.|2026-02-15T19:30:00,5"
+    "|2026-02-15T19:30+0100|2026-02-15T19:30+25:00|2026-02-15T19:30:00.1234567890"
 )
 INVALID = [  # name, description, values
     ("title", TITLE, ["", " \t\n", "x" * 201, 5, None, True, ["x"]]),
@@ -696,7 +697,7 @@ def test_a_key_has_1_to_255_visible_ascii_characters(shared_server, key):
 
 
 def test_the_newest_ten_thousand_keys_are_remembered():
-    """After 10,001 keys, the second one is still known and the first one books again."""
+    """After 10,001 keys the second one is still known; the first one books again."""
     store, ask = eventbook.Store(), eventbook.Request("", {}, BODY, 1, 2)
     store.create(ask)
     store.update(ask._replace(body=b'{"availableTickets":20000}'))
@@ -969,7 +970,7 @@ def test_concurrent_creates_give_each_event_an_id(server):
 
 @contextlib.contextmanager
 def serving_slowly():
-    """Run a server with three tickets, where a change waits between check and change."""
+    """Run a server that waits between the check and the change of an operation."""
     store = eventbook.Store()
     for name in "booking.created", "booking.cancelled", "event.updated":
         store.on(name, lambda *_: time.sleep(0.02))
@@ -1397,7 +1398,7 @@ def test_every_client_of_a_crowd_is_served(server):
 
 @with_server(connection_limit=8, idle_timeout=0.05)
 def test_a_client_that_was_dropped_has_booked_nothing(server):
-    """Each client is idle for as long as is allowed, give or take a few milliseconds."""
+    """Each client is idle for about as long as a full server allows."""
     server.update(availableTickets=10_000)
     deadline = time.monotonic() + 1
 
@@ -1587,15 +1588,15 @@ def test_a_bug_is_reported_although_its_client_has_disconnected(capsys):
 @each("console", ["none", "closed", "without emoji"])
 def test_the_console_never_affects_a_request(tmp_path, console):
     with open(tmp_path / "stdout", "w", encoding="ascii") as stream:
-        notifier = eventbook.Notifier(None if console == "none" else stream)
+        printer = eventbook.Printer(None if console == "none" else stream)
         if console == "closed":
             stream.close()
-        notifier.start()
-        store = eventbook.open_store(str(tmp_path / "log"), notifier, notifier)
+        printer.start()
+        store = eventbook.open_store(str(tmp_path / "log"), printer, printer)
         with serving(store) as server:
             assert server.book().status == 201
-        notifier.close(5)
-        assert not notifier.is_alive()
+        printer.close(5)
+        assert not printer.is_alive()
     printed = "? Booking confirmation email sent for booking 1\n"
     printed = printed if console == "without emoji" else ""
     assert (tmp_path / "stdout").read_text("ascii") == printed
