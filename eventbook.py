@@ -544,7 +544,7 @@ def parse_headers(lines, version):
     # A request with both Transfer-Encoding and Content-Length may be an attack.
     status = 400 if "content-length" in headers else 411
     require("transfer-encoding" not in headers, status, "Transfer-Encoding unsupported")
-    length = int(length.lstrip("0")[:9] or 0)  # Nine digits already exceed BODY_LIMIT.
+    length = int(length.lstrip("0")[:9] or 0)  # A 9-digit length exceeds BODY_LIMIT.
     require(length <= BODY_LIMIT, 413, "Body too large")
     options = split_list(headers.get("connection", "").lower())
     expects_100 = is_1_1 and headers.get("expect", "").lower() == "100-continue"
@@ -593,7 +593,7 @@ class Handler(BaseHTTPRequestHandler):
             return False
 
     def respond(self):
-        """Send the response to a request of any method; the routes know the methods."""
+        """Send the response to a request of any method; the routes list the methods."""
         try:
             response = self.perform()
         except HTTPError as error:
@@ -615,7 +615,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(self.length)
         require(len(body) == self.length, 400, "Incomplete body")
         self.close_connection = not self.keep_alive
-        self.server.claim(self.connection)  # It is not dropped before send().
+        self.server.claim(self.connection)  # The client is kept until send().
         request = Request(self.query, self.headers, body, id, user)
         return dispatch(self.server.store, route, request)
 
@@ -667,7 +667,7 @@ class Server(ThreadingHTTPServer):
     request of a client that was dropped is performed.
     """
 
-    allow_reuse_address = os.name == "posix"  # On Windows it lets servers share a port.
+    allow_reuse_address = os.name == "posix"  # On Windows, SO_REUSEADDR shares a port.
     # HTTPServer.server_bind() makes a DNS lookup, which can take seconds.
     server_bind = socketserver.TCPServer.server_bind
     connection_limit = 512  # open connections; an nginx worker has as many
@@ -682,9 +682,9 @@ class Server(ThreadingHTTPServer):
         self.store, self.connections = store, set()
         self.lock, self.idle_since = threading.Lock(), {}  # idle connection -> time
         self.free_threads = threading.Semaphore(0)  # how many threads are free
-        self.accepted = queue.SimpleQueue()  # the connections for free threads
+        self.accepted = queue.SimpleQueue()  # connections waiting for a free thread
         files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
-        if files > 0:  # 24 files are for the log, the console and closing connections.
+        if files > 0:  # 24 descriptors are reserved: log, console, closing sockets.
             self.connection_limit = max(8, min(self.connection_limit, files - 24))
         super().__init__(address, Handler)
 
