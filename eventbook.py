@@ -573,7 +573,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def parse_request(self):
         """Parse the request line and the headers; return False if they are invalid."""
-        self.close_connection, self.command = True, None  # in case of an error
+        self.close_connection, self.command = True, None  # if the request is invalid
         if self.raw_requestline == b"\r\n":  # An empty line is skipped: RFC 9112, 2.2.
             self.raw_requestline = self.rfile.readline(REQUEST_LINE_LIMIT + 3)
             if not self.raw_requestline:
@@ -703,7 +703,7 @@ class Server(ThreadingHTTPServer):
 
     def drop_idle(self, seconds):
         """Drop the longest idle client; return False if none is idle for `seconds`."""
-        with self.lock, contextlib.suppress(OSError):  # It has disconnected already.
+        with self.lock, contextlib.suppress(OSError):  # The client has disconnected.
             connection = min(self.idle_since, key=self.idle_since.get, default=None)
             limit = time.monotonic() - seconds
             if connection is None or self.idle_since[connection] > limit:
@@ -758,7 +758,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         """Print the traceback of a bug, but nothing if a client has disconnected."""
         if not isinstance(sys.exc_info()[1], OSError):
-            with contextlib.suppress(OSError):  # stderr is a broken pipe.
+            with contextlib.suppress(OSError):  # stderr may be a broken pipe.
                 super().handle_error(request, client_address)
 
     def server_close(self):
