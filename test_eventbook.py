@@ -172,7 +172,7 @@ def check_common_headers(reply):
         assert reply.headers["cache-control"] == "no-store"
         assert reply.headers["x-content-type-options"] == "nosniff"
         date = email.utils.parsedate_to_datetime(reply.headers["date"])
-        assert abs(date.timestamp() - time.time()) < 30
+        assert abs(date.timestamp() - time.time()) < 5
         assert len(reply.raw) == int(reply.headers["content-length"])
         assert reply.raw.endswith(b"\n") and "python" not in str(reply).lower()
 
