@@ -249,7 +249,8 @@ class Log:
         except OSError as error:
             if not self.failing:  # A log outage is reported once, not per request.
                 self.report(f"eventbook: cannot write the log: {error}")
-            self.failing, headers = True, {"Retry-After": "5"}
+            self.failing = True
+            headers = {"Retry-After": "5"}
             raise HTTPError(503, "The log cannot be written", headers) from None
 
 
@@ -526,16 +527,18 @@ def parse_headers(lines, version):
 
     Raises HTTPError (400, 411, 413, 431). The dict is cached: do not change it.
     """
-    text, values = lines.decode("latin-1"), defaultdict(list)
+    text = lines.decode("latin-1")
     require(len(lines) <= HEADERS_LIMIT + len("\r\n"), 431, "Headers too large")
     require(HEADERS.fullmatch(text), 400, "Malformed or incomplete header line")
+    values = defaultdict(list)
     for line in text.split("\r\n")[:-2]:
         name, _, value = line.partition(":")
         values[name.lower()].append(value.strip(" \t"))
     # Repeated headers are joined by ", ", which is never valid in Host, Content-Length,
     # user-id or Idempotency-Key.
     headers = {name: ", ".join(parts) for name, parts in values.items()}
-    is_1_1, host = version == "HTTP/1.1", headers.get("host", "")
+    is_1_1 = version == "HTTP/1.1"
+    host = headers.get("host", "")
     if host or is_1_1:  # HTTP/1.0 needs no Host.
         is_host = re.fullmatch(AUTHORITY, host)
         require(is_host, 400, "Exactly one valid Host is required")
