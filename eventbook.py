@@ -148,7 +148,7 @@ def validate(values, rules):
 
 
 class Request(namedtuple("Request", "query headers body id user")):
-    """`id` is from the path, `user` from the user-id. Header names are lower-case."""
+    """`id` is from the path, `user` from header user-id. Header names: lower-case."""
 
     def json(self):
         """Return the body as a dict, {} if it is empty; raises HTTPError (400)."""
@@ -576,7 +576,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def parse_request(self):
         """Parse the request line and the headers; return False if they are invalid."""
-        self.close_connection, self.command = True, None  # if the request is invalid
+        self.close_connection, self.command = True, None  # for invalid requests
         if self.raw_requestline == b"\r\n":  # An empty line is skipped: RFC 9112, 2.2.
             self.raw_requestline = self.rfile.readline(REQUEST_LINE_LIMIT + 3)
             if not self.raw_requestline:
@@ -666,8 +666,8 @@ class Server(ThreadingHTTPServer):
 
     A connection is idle while the server waits for its client, to send a request or to
     read a response. The thread of a connection calls claim() before it performs a
-    request. Then the server does not drop the client before the response is sent. No
-    request of a client that was dropped is performed.
+    request; then the server does not drop the client until the response is being sent.
+    After a client was dropped, no request of it is performed.
     """
 
     allow_reuse_address = os.name == "posix"  # On Windows, SO_REUSEADDR shares a port.
@@ -858,7 +858,7 @@ def main(arguments=None):
         problem = f"cannot listen on {host}:{port} ({error})"
         sys.exit(f"eventbook: {problem}; change --port or --host")
     pin_to_one_cpu()
-    threading.stack_size(2 * 1024**2)  # With 1 MiB, nested JSON crashes Python 3.13.
+    threading.stack_size(2 * 1024**2)  # Nested JSON crashes 3.13 with 1 MiB of stack.
     printer.start()
     error_printer.start()
     threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
