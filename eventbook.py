@@ -19,8 +19,8 @@ operation of Store; Handler sends the response.
    the log before the state changes.
 2. Code above the routes does not touch sockets. The HTTP code below them does not know
    what an event or a booking is.
-3. Only the thread of a connection reads from it, writes to it and closes it. The server
-   can shut the socket down, which makes the recv() or send() of that thread return.
+3. Once a connection has a thread, only that thread reads, writes and closes it. Server
+   can shut the socket down, which makes the recv() or send() of the thread return.
 """
 
 import argparse
@@ -609,7 +609,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def perform(self):
         """Check the role, read the body and return the response; raises HTTPError."""
-        # After an error, an unread body must not be taken for the next request.
+        # Close unless the body gets read, or it would be taken for the next request.
         self.close_connection = self.length > 0 or not self.keep_alive
         user_id = self.headers.get("user-id")
         route, id, user = authorize(self.command, self.path, user_id)
@@ -759,7 +759,7 @@ class Server(ThreadingHTTPServer):
         super().close_request(request)
 
     def handle_error(self, request, client_address):
-        """Print the traceback of a bug, but nothing if a client has disconnected."""
+        """Print the traceback of a bug, but nothing for an OSError: a disconnect."""
         if not isinstance(sys.exc_info()[1], OSError):
             with contextlib.suppress(OSError):  # stderr may be a broken pipe.
                 super().handle_error(request, client_address)
