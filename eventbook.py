@@ -107,7 +107,7 @@ def is_date(value):
         return bool(DATE.fullmatch(value) and date.fromisoformat(value[:10]))
 
 
-# A function that tells whether a value is valid, and a description of valid values.
+# is_valid(value) is true for a valid value; the description tells which are valid.
 Rule = namedtuple("Rule", "is_valid description")
 
 
@@ -203,7 +203,8 @@ def paginate(query, rules, records):
 
 # ---- Observers ---------------------------------------------------------------
 # The store calls its observers before a change. An observer that raises an exception
-# prevents the change, so those that may raise one must be registered first.
+# prevents the change, so those that may raise one must be registered first. Log is an
+# observer. Others, in open_store(), notify by means of a Printer.
 
 
 class Observable:
@@ -244,7 +245,7 @@ class Log:
                         line = b"\n" + line
                 if file.write(line) < len(line):
                     file.truncate(size)
-                    raise OSError("the disk is full")
+                    raise OSError("only a part of the line was written")
             self.failing = False
         except OSError as error:
             if not self.failing:  # A log outage is reported once, not per request.
@@ -560,7 +561,7 @@ def parse_headers(lines, version):
 
 COMMON_HEADERS = ["Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
 CONTENT_TYPE = "Content-Type: application/json; charset=utf-8"
-http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
+http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)  # once a second
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -654,7 +655,6 @@ class Handler(BaseHTTPRequestHandler):
     def finish(self):
         """Wait for the client to close, or it may lose the response (RFC 9112, 9.6)."""
         super().finish()
-        self.server.wait_for_client(self.connection)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             while self.connection.recv(64 * 1024):
@@ -739,9 +739,8 @@ class Server(ThreadingHTTPServer):
             return
         try:
             super().process_request(request, client_address)
-        except RuntimeError as error:  # The system allows no more threads.
-            # handle_error() ignores this error, and the base class disconnects.
-            raise ConnectionAbortedError from error
+        except RuntimeError:  # The system allows no more threads.
+            self.shutdown_request(request)
 
     def process_request_thread(self, *arguments):
         """Serve one connection after another: starting a thread takes longer."""
@@ -761,7 +760,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         """Print the traceback of a bug, but nothing for an OSError: a disconnect."""
         if not isinstance(sys.exc_info()[1], OSError):
-            with contextlib.suppress(OSError):  # stderr may be a broken pipe.
+            with contextlib.suppress(OSError, ValueError):  # stderr may be closed.
                 super().handle_error(request, client_address)
 
     def server_close(self):
