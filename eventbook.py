@@ -3,24 +3,29 @@
     python eventbook.py                    # http://localhost:3000; Ctrl-C stops it
     curl -H 'user-id: 2' http://localhost:3000/api/events
 
-Organizers create and update events, customers list them, book tickets and cancel.
+Organizers create and update events, customers list them, book tickets and cancel. The
+state is in memory: each run starts without events and with id 1. Bookings and
+cancellations are appended to a log, which is not read again. The second half of the
+file is about HTTP, because http.server alone accepts malformed requests, and waits for
+slow clients without a limit.
 
-    event      Event(1, "Tech Conference 2026", "2026-02-15", 3, etag='"5f0c-1"')
+    event      Event(1, "Tech Conference 2026", "2026-02-15", 3)
     booking    Booking(1, 1, 2): booking 1 is one ticket of event 1 for customer 2
+    request    Request("POST", "/api/events/1/book", "", {"user-id": "2"}, b"", 1, 2)
     operation  Store.book(store, request): what a route calls
-    response   Response(200, {"id": 1}, {"ETag": '"5f0c-1"'}): status, data, headers
+    response   Response(200, b'{"id":1}\\n', {"ETag": '"5f0c"'}): status, body, headers
     error      HTTPError(404, "Event not found"): an exception that holds a response
 
 The path of a request: Server accepts a connection and gives it a thread; Handler parses
-the request, checks the route and the role, and reads the body; dispatch() calls an
-operation of Store; Handler sends the response.
+the request and reads the body; dispatch() finds the route and checks the role;
+Store.perform() calls the operation; Handler sends the response.
 
-1. State changes only inside Store, under its lock. A booking or a cancellation is in
-   the log before the state changes.
-2. Code above the routes does not touch sockets. The HTTP code below them does not know
-   what an event or a booking is.
-3. Once a connection has a thread, only that thread reads, writes and closes it. Server
-   can shut the socket down, which makes the recv() or send() of the thread return.
+1. State changes only inside Store.perform(), which holds the lock. A booking or a
+   cancellation is in the log before the state changes.
+2. Down to the routes, nothing knows about connections. The sections about requests,
+   connections and the server do not know what an event or a booking is.
+3. Only the thread of a connection reads, writes and closes it. Another thread can at
+   most shut it down.
 """
 
 import argparse
@@ -38,13 +43,100 @@ import socketserver
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 from collections import OrderedDict, defaultdict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 VERSION = "1.0.0"
-DEFAULT_LOG = os.path.join(os.path.dirname(__file__), "logs", "events.log.jsonl")
+FOLDER = os.path.dirname(os.path.realpath(__file__))
+DEFAULT_LOG = os.path.join(FOLDER, "logs", "events.log.jsonl")
+
+# ---- Requests and responses --------------------------------------------------
+# What an operation gets, and what it returns or raises.
+
+Response = namedtuple("Response", "status body headers")
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def encode(data):
+    """Return a line of JSON as bytes; raises ValueError or RecursionError."""
+    return ENCODER.encode(data).encode() + b"\n"
+
+
+class HTTPError(Exception):
+    """Ends the processing of a request; `response` is what the client gets."""
+
+    def __init__(self, status, error, headers=None, **members):
+        body = encode({"error": error, **members})
+        self.response = Response(status, body, headers or {})
+
+
+def require(condition, status, error, headers=None, **members):
+    """Raise HTTPError unless the condition is true."""
+    if not condition:
+        raise HTTPError(status, error, headers, **members)
+
+
+NUMBER = re.compile("[0-9]{1,600}")  # Python can limit int() to 640 digits.
+
+
+class Request(namedtuple("Request", "method path query headers body id user")):
+    """Header names are lower-case; the id in the path and the user are int or None."""
+
+    def json(self):
+        """Return the body as a dict, {} if it is empty; raises HTTPError (400)."""
+        try:
+            text = self.body.decode().lstrip("\ufeff")  # \ufeff is a byte order mark.
+            # Deep nesting would crash Python 3.13 instead of raising an exception.
+            brackets = text.count("[") + text.count("{")
+            require(brackets <= 1000, 400, "JSON has more than 1,000 brackets")
+            value = json.loads(text or "{}")
+            encode(value)  # encode() rejects NaN, 1e400 and lone surrogates.
+        except json.JSONDecodeError as error:
+            raise HTTPError(400, f"Invalid JSON: {error}") from None
+        except (ValueError, RecursionError):
+            reason = "not UTF-8, nested too deeply, or an invalid number or character"
+            raise HTTPError(400, f"Invalid JSON: {reason}") from None
+        require(isinstance(value, dict), 400, "The JSON body must be an object")
+        return value
+
+    def parameters(self, rules):
+        """Return the query parameters that have a rule; raises HTTPError (400)."""
+        given = urllib.parse.parse_qs(self.query, keep_blank_values=True)
+        # The values of a repeated parameter are joined, which makes them invalid.
+        texts = {name: ", ".join(given[name]) for name in rules if name in given}
+        values = {k: int(v) if NUMBER.fullmatch(v) else v for k, v in texts.items()}
+        validate(values, rules)
+        return values
+
+    def check_preconditions(self, etag):
+        """Raise HTTPError (412 or 304) if If-Match or If-None-Match is not met."""
+        if "if-match" in self.headers:
+            tags = split_list(self.headers["if-match"])
+            matches = tags == ["*"] or etag in tags  # A weak tag, W/"1", never matches.
+            require(matches, 412, "Event has changed", {"ETag": etag})
+        if "if-none-match" in self.headers:
+            tags = split_list(self.headers["if-none-match"])
+            matches = tags == ["*"] or etag in tags or f"W/{etag}" in tags
+            status = 412 if self.method == "PUT" else 304  # RFC 9110, 13.1.2
+            require(not matches, status, "Event has not changed", {"ETag": etag})
+
+
+def split_list(value):
+    """Return the elements of a comma-separated header (RFC 9110, 5.6.1)."""
+    return [element.strip(" \t") for element in value.split(",")]
+
+
+def paginate(records, offset=0, limit=None):
+    """Return a Response with a part of a list of records, or with all of them."""
+    end = len(records) if limit is None else offset + limit
+    page = [record.json_text for record in records[offset:end]]
+    body = f"[{','.join(page)}]\n".encode()
+    return Response(200, body, {"X-Total-Count": len(records)})
+
 
 # ---- Records and rules -------------------------------------------------------
 # Records are immutable: an update replaces one. Rules say which values are valid.
@@ -52,44 +144,24 @@ DEFAULT_LOG = os.path.join(os.path.dirname(__file__), "logs", "events.log.jsonl"
 ORGANIZER, CUSTOMER = "ORGANIZER", "CUSTOMER"
 USERS = {"1": ORGANIZER, "2": CUSTOMER, "3": CUSTOMER}  # user-id -> role
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
 
 class Record:
     """Adds to a namedtuple its representation as JSON."""
 
-    def members(self):
-        """Return what the JSON shows: all but the ETag, which is sent as a header."""
-        return {k: v for k, v in self._asdict().items() if k != "etag"}
-
     @functools.cached_property  # A record is encoded once, however often it is listed.
     def json_text(self):
-        return ENCODER.encode(self.members())
+        return ENCODER.encode(self._asdict())
 
 
-class Event(Record, namedtuple("Event", "id title date availableTickets etag")):
-    pass
+class Event(Record, namedtuple("Event", "id title date availableTickets")):
+    @property
+    def etag(self):
+        """The entity tag, which is the same for the same content (RFC 9110, 8.8.3)."""
+        return f'"{hash(self) % 2**64:x}"'
 
 
 class Booking(Record, namedtuple("Booking", "id eventId customerId")):
     pass
-
-
-# The data is an object to encode as JSON, or bytes that are JSON already.
-Response = namedtuple("Response", "status data headers")
-
-
-class HTTPError(Exception):
-    """Ends the processing of a request; `response` is what the client gets."""
-
-    def __init__(self, status, error, headers=None, **members):
-        self.response = Response(status, {"error": error, **members}, headers or {})
-
-
-def require(condition, status, error, headers=None, **members):
-    """Raise HTTPError unless the condition is true."""
-    if not condition:
-        raise HTTPError(status, error, headers, **members)
 
 
 TIME = r"([01]\d|2[0-3]):[0-5]\d"
@@ -102,9 +174,11 @@ def is_title(value):
 
 
 def is_date(value):
-    with contextlib.suppress(TypeError, ValueError):  # The value is not a date.
+    try:
         # The pattern is checked too: what fromisoformat() accepts varies by version.
         return bool(DATE.fullmatch(value) and date.fromisoformat(value[:10]))
+    except (TypeError, ValueError):
+        return False
 
 
 # is_valid(value) is true for a valid value; the description tells which are valid.
@@ -118,18 +192,24 @@ def integer(minimum, maximum=math.inf):
     return Rule(lambda v: type(v) is int and minimum <= v <= maximum, description)
 
 
+def id_in_path(id):
+    """Return a Rule for the id in a body, which only repeats the id in the path."""
+    return Rule(lambda v: type(v) is int and v == id, "must be the id in the path")
+
+
 CREATE_RULES = {
     "title": Rule(is_title, "must be a string of 1 to 200 characters, not blank"),
     "date": Rule(is_date, "must be a date such as 2026-02-15 or 2026-02-15T19:30"),
     "availableTickets": integer(1, 10**9),
 }
-# An organizer can stop the sale by setting the tickets to 0.
+# 0 stops the sale until tickets are added or a booking is cancelled.
 UPDATE_RULES = {**CREATE_RULES, "availableTickets": integer(0, 10**9)}
 PAGE_RULES = {"limit": integer(1, 1000), "offset": integer(0)}
 FLAG = Rule(lambda value: value in ("true", "false"), "must be true or false")
 EVENT_LIST_RULES = {**PAGE_RULES, "available": FLAG}
-KEY = re.compile("[!-~]{1,255}")
-KEY_RULE = Rule(KEY.fullmatch, "must be 1 to 255 visible ASCII characters")
+VISIBLE_ASCII = re.compile("[!-~]{1,255}")
+KEY = Rule(VISIBLE_ASCII.fullmatch, "must be 1 to 255 visible ASCII characters")
+KEY_RULES = {"Idempotency-Key": KEY}
 UNKNOWN_FIELD = Rule(lambda value: False, "unknown field")
 
 
@@ -143,68 +223,10 @@ def validate(values, rules):
     require(not details, 400, "Validation failed", details=details)
 
 
-# ---- Requests and responses --------------------------------------------------
-# What an operation gets, and how lists become JSON.
-
-
-class Request(namedtuple("Request", "query headers body id user")):
-    """`id` is from the path, `user` from header user-id. Header names: lower-case."""
-
-    def json(self):
-        """Return the body as a dict, {} if it is empty; raises HTTPError (400)."""
-        try:
-            text = self.body.decode().lstrip("\ufeff")  # \ufeff is a byte order mark.
-            value = json.loads(text or "{}")
-            encode(value)  # encode() rejects NaN, 1e400 and lone surrogates.
-        except json.JSONDecodeError as error:
-            raise HTTPError(400, f"Invalid JSON: {error}") from None
-        except (ValueError, RecursionError):
-            reason = "not UTF-8, nested too deeply, or an invalid number or character"
-            raise HTTPError(400, f"Invalid JSON: {reason}") from None
-        require(isinstance(value, dict), 400, "The JSON body must be an object")
-        return value
-
-    def check_preconditions(self, etag, status):
-        """Raise HTTPError: 412 if If-Match fails, `status` if If-None-Match does."""
-        if "if-match" in self.headers:
-            tags = split_list(self.headers["if-match"])
-            matches = tags == ["*"] or etag in tags  # A weak tag, W/"1", never matches.
-            require(matches, 412, "Event has changed", {"ETag": etag})
-        if "if-none-match" in self.headers:
-            tags = split_list(self.headers["if-none-match"])
-            matches = tags == ["*"] or etag in tags or f"W/{etag}" in tags
-            require(not matches, status, "Event has not changed", {"ETag": etag})
-
-
-def split_list(value):
-    """Return the elements of a comma-separated header (RFC 9110, 5.6.1)."""
-    return [element.strip(" \t") for element in value.split(",")]
-
-
-def encode(data):
-    """Return a line of JSON as bytes; raises ValueError or RecursionError."""
-    return ENCODER.encode(data).encode() + b"\n"
-
-
-NUMBER = re.compile("[0-9]{1,600}")  # int() can be limited to 640 digits.
-
-
-def paginate(query, rules, records):
-    """Return the Response with the requested part of a list; raises HTTPError (400)."""
-    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-    values = {k: int(v) if NUMBER.fullmatch(v) else v for k, v in pairs if k in rules}
-    validate(values, rules)
-    if values.get("available") == "true":
-        records = [event for event in records if event.availableTickets > 0]
-    page = records[values.get("offset", 0) :][: values.get("limit")]
-    body = f"[{','.join([record.json_text for record in page])}]\n".encode()
-    return Response(200, body, {"X-Total-Count": len(records)})
-
-
 # ---- Observers ---------------------------------------------------------------
-# The store calls its observers before a change. An observer that raises an exception
-# prevents the change, so those that may raise one must be registered first. Log is an
-# observer. Others, in open_store(), notify by means of a Printer.
+# Store is an Observable: it calls its observers before a change. An observer prevents
+# the change by raising an exception; later observers are then not called. Log is an
+# observer. The others only call Printer.say(). open_store() registers them all.
 
 
 class Observable:
@@ -218,41 +240,46 @@ class Observable:
         self.observers[name] += observers
 
     def emit(self, name, data):
-        for observer in self.observers[name]:
+        for observer in self.observers[name].copy():  # An observer may change the list.
             observer(name, data)
 
 
 class Log:
     """A JSON Lines file. Its lines survive kill -9, but not a power failure."""
 
-    def __init__(self, path, report):
-        """Create the log file if it does not exist; raises OSError."""
-        self.path, self.report, self.failing = path, report, False
-        open(path, "a+b").close()
+    def __init__(self, path):
+        """Create the file, or terminate its last line; raises OSError."""
+        self.path, self.failing = path, False
+        with open(path, "a+b") as file:
+            file.seek(max(file.tell() - 1, 0))
+            if file.read(1) not in (b"", b"\n"):  # A crash left an incomplete line.
+                file.write(b"\n")
 
     def __call__(self, name, booking):
-        """Append a line. On failure, undo a partial write and raise HTTPError (503)."""
+        """Append a line or, if that fails, nothing and raise HTTPError (503)."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        entry = {"event": name, "timestamp": now[:-6] + "Z", "data": booking._asdict()}
-        line = encode(entry)
+        timestamp, data = now.replace("+00:00", "Z"), booking._asdict()
+        line = encode({"event": name, "timestamp": timestamp, "data": data})
         try:
             # The file is opened for each line, because it may be renamed or removed.
-            with open(self.path, "a+b", buffering=0) as file:
-                size = file.tell()
-                if size > 0:
-                    file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":  # A crash left an incomplete line.
-                        line = b"\n" + line
-                if file.write(line) < len(line):
-                    file.truncate(size)
+            with open(self.path, "ab", buffering=0) as file:
+                written = file.write(line)
+                if written < len(line):
+                    file.truncate(file.tell() - written)
                     raise OSError("only a part of the line was written")
             self.failing = False
         except OSError as error:
             if not self.failing:  # A log outage is reported once, not per request.
-                self.report(f"eventbook: cannot write the log: {error}")
+                report(f"eventbook: cannot write the log: {error}\n")
             self.failing = True
             headers = {"Retry-After": "5"}
             raise HTTPError(503, "The log cannot be written", headers) from None
+
+
+def report(text):
+    """Write to stderr, if there is one that works."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stderr.write(text)  # sys.stderr can be None.
 
 
 class Printer(threading.Thread):
@@ -261,32 +288,23 @@ class Printer(threading.Thread):
     def __init__(self, stream):
         super().__init__(daemon=True)
         self.stream, self.lines = stream, queue.SimpleQueue()
+        with contextlib.suppress(AttributeError, ValueError):  # not a file; closed
+            stream.reconfigure(errors="replace")  # Not every console can show emoji.
 
     def say(self, line):
-        """Queue a line; never blocks or fails."""
-        self.lines.put(line + "\n")
+        """Queue a line, or drop it if 100,000 are waiting; never blocks or fails."""
+        if self.lines.qsize() < 100_000:
+            self.lines.put(line)
 
     def run(self):
-        batch = []
-        while "" not in batch:  # close() queues an empty string to end the loop.
-            batch = [self.lines.get()]
-            time.sleep(0.01)  # Several lines are then printed with one write.
-            batch += [self.lines.get() for _ in range(self.lines.qsize())]
-            with contextlib.suppress(OSError, ValueError):
-                write(self.stream, "".join(batch))
+        for line in iter(self.lines.get, None):  # close() queues None.
+            with contextlib.suppress(OSError, ValueError):  # The reader is gone.
+                print(line, file=self.stream, flush=True)
 
     def close(self, timeout):
-        """Wait until all lines are printed, at most `timeout` seconds."""
-        self.lines.put("")
+        """End the thread once all lines are printed; wait at most `timeout` seconds."""
+        self.lines.put(None)
         self.join(timeout)
-
-
-def write(stream, text):
-    """Write to a stream's descriptor, not its buffer: a flush at exit may fail."""
-    if stream:  # sys.stdout is None if the program was started without it.
-        settings = {"encoding": stream.encoding, "errors": "replace", "closefd": False}
-        with open(stream.fileno(), "w", **settings) as file:
-            file.write(text)
 
 
 # ---- Store -------------------------------------------------------------------
@@ -294,148 +312,139 @@ def write(stream, text):
 
 
 class Store(Observable):
-    """Events and bookings in memory, for any number of threads."""
+    """Events and bookings in memory. An operation returns a record or a Response."""
 
     def __init__(self):
         super().__init__()
-        # A thread must hold the lock from a check to the change that depends on it, and
-        # during every read. Observers run under it too, so that log lines are in order.
-        self.lock = threading.RLock()  # reentrant, as cancel() calls read_booking()
-        self.nonce = os.urandom(6).hex()  # part of every ETag; differs between runs
-        self.changes = self.last_booking = 0
+        # perform() holds the lock from a check to the change that depends on it. It
+        # also holds it while observers run, so that log lines are in order. So an
+        # observer must not call perform().
+        self.lock = threading.Lock()
+        self.last_booking = 0  # id of the latest booking
         self.events = {}  # event id -> Event
         self.bookings = {}  # booking id -> Booking, without the cancelled ones
-        self.by_event = defaultdict(set)  # event id -> ids of its live bookings
-        self.by_customer = defaultdict(set)  # customer id -> ids of its live bookings
-        self.by_key = OrderedDict()  # (customer id, Idempotency-Key) -> Booking
+        self.by_event = defaultdict(dict)  # event id -> {booking id: Booking}
+        self.by_customer = defaultdict(dict)  # customer id -> {booking id: Booking}
+        self.by_key = OrderedDict()  # (user id, Idempotency-Key) -> (hash, record)
         self.list_cache = None, None  # query and Response of the last list_events()
 
+    def perform(self, operation, request):
+        """Return the result of an operation; the only method that takes the lock."""
+        with self.lock:
+            if request.method == "POST" and "idempotency-key" in request.headers:
+                return self._perform_once(operation, request)
+            return operation(self, request)
+
+    def _perform_once(self, operation, request):
+        """Return the first result for an Idempotency-Key; raises HTTPError (400, 422)."""
+        key = request.headers["idempotency-key"]
+        validate({"Idempotency-Key": key}, KEY_RULES)
+        content = hash((request.path, request.body))  # 10,000 bodies would be large.
+        first, result = self.by_key.get((request.user, key), (content, None))
+        require(content == first, 422, "Idempotency-Key was used for another request")
+        if result is None:  # The key is new, or its request failed.
+            result = operation(self, request)
+            self.by_key[request.user, key] = content, result
+            if len(self.by_key) > 10_000:
+                self.by_key.popitem(last=False)
+        return result
+
     def create(self, request):
-        """Create an event."""
+        """Create an event; an Idempotency-Key makes retries safe."""
         body = request.json()
-        # Unknown fields are ignored: a misspelt one is reported as missing.
+        # Unknown fields are ignored: if one is misspelt, the right one is missing.
         values = {name: body.get(name) for name in CREATE_RULES}
         validate(values, CREATE_RULES)
-        with self.lock:
-            return self._put(Event(len(self.events) + 1, **values, etag=None))
+        return self._put(Event(len(self.events) + 1, **values))
 
     def update(self, request):
         """Update an event and notify the customers who have booked it."""
         values = request.json()
-        with self.lock:
-            event = self._find(request)
-            request.check_preconditions(event.etag, status=412)
-            description = "must be the id in the path"
-            same_id = Rule(lambda v: type(v) is int and v == event.id, description)
-            # Unknown fields are errors: ignoring a misspelt one would lose the edit.
-            validate(values, {**UPDATE_RULES, "id": same_id})
-            # Notify each customer once per update, even if it changes nothing.
-            bookings = self._bookings(self.by_event[event.id])
-            self.emit("event.updated", dict.fromkeys(b.customerId for b in bookings))
-            if event._replace(**values) == event:
-                return event
-            return self._put(event, **values)
+        event = self._find(request)
+        request.check_preconditions(event.etag)
+        # Unknown fields are errors: ignoring a misspelt one would lose the edit.
+        validate(values, {**UPDATE_RULES, "id": id_in_path(event.id)})
+        # Notify each customer once per update, even if it changes nothing.
+        customers = [b.customerId for b in self.by_event[event.id].values()]
+        self.emit("event.updated", dict.fromkeys(customers))
+        return self._put(event._replace(**values))
 
     def book(self, request):
         """Book one ticket; an Idempotency-Key makes retries safe."""
-        key = request.headers.get("idempotency-key")
-        with self.lock:
-            event = self._find(request)
-            if key is not None:
-                validate({"Idempotency-Key": key}, {"Idempotency-Key": KEY_RULE})
-                first = self.by_key.get((request.user, key))
-                if first:  # This is a retry, perhaps after the booking was cancelled.
-                    message = "Idempotency-Key was used for another event"
-                    require(first.eventId == event.id, 422, message)
-                    return first
-            require(event.availableTickets > 0, 400, "Booking failed: sold out")
-            booking = Booking(self.last_booking + 1, event.id, request.user)
-            self.emit("booking.created", booking)
-            self.last_booking = booking.id
-            self.bookings[booking.id] = booking
-            self.by_event[event.id].add(booking.id)
-            self.by_customer[request.user].add(booking.id)
-            if key is not None:
-                self.by_key[request.user, key] = booking
-            if len(self.by_key) > 10_000:
-                self.by_key.popitem(last=False)
-            self._put(event, availableTickets=event.availableTickets - 1)
-            return booking
+        event = self._find(request)
+        require(event.availableTickets > 0, 400, "Booking failed: sold out")
+        booking = Booking(self.last_booking + 1, event.id, request.user)
+        self.emit("booking.created", booking)
+        self.last_booking = booking.id
+        self.bookings[booking.id] = booking
+        self.by_event[event.id][booking.id] = booking
+        self.by_customer[request.user][booking.id] = booking
+        self._put(event._replace(availableTickets=event.availableTickets - 1))
+        return booking
 
     def cancel(self, request):
         """Cancel your booking and release its ticket."""
-        with self.lock:
-            booking = self.read_booking(request)
-            self.emit("booking.cancelled", booking)
-            del self.bookings[booking.id]
-            self.by_event[booking.eventId].remove(booking.id)
-            self.by_customer[booking.customerId].remove(booking.id)
-            event = self.events[booking.eventId]
-            self._put(event, availableTickets=event.availableTickets + 1)
-            return booking
+        booking = self.read_booking(request)
+        self.emit("booking.cancelled", booking)
+        del self.bookings[booking.id]
+        del self.by_event[booking.eventId][booking.id]
+        del self.by_customer[booking.customerId][booking.id]
+        event = self.events[booking.eventId]
+        self._put(event._replace(availableTickets=event.availableTickets + 1))
+        return booking
 
     def read_event(self, request):
         """Get an event."""
-        with self.lock:
-            event = self._find(request)
-        request.check_preconditions(event.etag, status=304)
+        event = self._find(request)
+        request.check_preconditions(event.etag)
         return event
 
     def read_booking(self, request):
         """Get your booking."""
-        with self.lock:
-            booking = self.bookings.get(request.id)
+        booking = self.bookings.get(request.id)
         require(booking, 404, "Booking not found")
         require(booking.customerId == request.user, 403, "Access denied")
         return booking
 
     def list_events(self, request):
         """List events; ?available=true omits those that are sold out."""
-        with self.lock:
-            if self.list_cache[0] != request.query:
-                events = list(self.events.values())
-                response = paginate(request.query, EVENT_LIST_RULES, events)
-                self.list_cache = request.query, response
-            return self.list_cache[1]
+        if self.list_cache[0] != request.query:
+            page = request.parameters(EVENT_LIST_RULES)
+            events = list(self.events.values())
+            if page.pop("available", "false") == "true":
+                events = [event for event in events if event.availableTickets > 0]
+            self.list_cache = request.query, paginate(events, **page)
+        return self.list_cache[1]
 
     def list_bookings(self, request):
         """List the live bookings of an event."""
-        with self.lock:
-            bookings = self._bookings(self.by_event[self._find(request).id])
-        return paginate(request.query, PAGE_RULES, bookings)
+        bookings = self.by_event[self._find(request).id]
+        return paginate([*bookings.values()], **request.parameters(PAGE_RULES))
 
     def list_own_bookings(self, request):
         """List your live bookings."""
-        with self.lock:
-            bookings = self._bookings(self.by_customer[request.user])
-        return paginate(request.query, PAGE_RULES, bookings)
-
-    # Callers of the following methods must hold the lock.
+        bookings = self.by_customer[request.user]
+        return paginate([*bookings.values()], **request.parameters(PAGE_RULES))
 
     def _find(self, request):
         require(request.id in self.events, 404, "Event not found")
         return self.events[request.id]
 
-    def _bookings(self, ids):
-        return [self.bookings[id] for id in sorted(ids)]
-
-    def _put(self, event, **values):
-        self.changes += 1
+    def _put(self, event):
         self.list_cache = None, None
-        etag = f'"{self.nonce}-{self.changes}"'
-        self.events[event.id] = event._replace(**values, etag=etag)
-        return self.events[event.id]
+        self.events[event.id] = event
+        return event
 
 
 # ---- Routes ------------------------------------------------------------------
-# One table says which role may call which operation. authorize() looks it up.
+# One table says which role may call which operation.
 
 
 def describe(_store, _request):
     """Describe this service and its routes."""
-    routes = [r._replace(operation=r.operation.__doc__)._asdict() for r in ROUTES]
+    routes = [{**r._asdict(), "operation": r.operation.__doc__} for r in ROUTES]
     data = {"service": "eventbook", "version": VERSION, "routes": routes}
-    return Response(200, data, {})
+    return Response(200, encode(data), {})
 
 
 Route = namedtuple("Route", "method path roles operation message")
@@ -454,40 +463,51 @@ ROUTES = [
 
 
 @functools.lru_cache  # Clients repeat requests, so results are cached.
-def authorize(method, path, user):
-    """Return (Route, id or None, user id); raises HTTPError (404, 405, 401, 403)."""
-    routes, id = {}, None
+def find_route(method, path):
+    """Return (Route, id in the path or None); raises HTTPError (404, 405)."""
+    found = {}  # method -> (Route, id)
     for route in ROUTES:
+        # The path /api/events/:id matches /api/events/7 and /api/events/7/.
         pattern = route.path.rstrip("/").replace(":id", f"({NUMBER.pattern})") + "/?"
         match = re.fullmatch(pattern, path)
         if match:
-            routes[route.method] = route
             id = int(match[1]) if ":id" in route.path else None
-    require(routes, 404, "Not found")
-    if "GET" in routes:
-        routes["HEAD"] = routes["GET"]
-    require(method in routes, 405, "Method not allowed", {"Allow": ", ".join(routes)})
-    route = routes[method]
+            found[route.method] = route, id
+    require(found, 404, "Not found")
+    if "GET" in found:
+        found["HEAD"] = found["GET"]
+    require(method in found, 405, "Method not allowed", {"Allow": ", ".join(found)})
+    return found[method]
+
+
+def authorize(route, user_id):
+    """Return the user's id, None if the route needs none; raises HTTPError (401, 403)."""
     if not route.roles:
-        return route, id, None
-    require(user in USERS, 401, "Unauthorized", {"WWW-Authenticate": "user-id"})
-    require(USERS[user] in route.roles, 403, "Access denied")
-    return route, id, int(user)
+        return None
+    require(user_id in USERS, 401, "Unauthorized", {"WWW-Authenticate": "user-id"})
+    require(USERS[user_id] in route.roles, 403, "Access denied")
+    return int(user_id)
 
 
-def dispatch(store, route, request):
-    """Call the operation of a route and return its Response; raises HTTPError."""
-    result = route.operation(store, request)
-    if isinstance(result, Response):
-        return result
-    name = "event" if isinstance(result, Event) else "booking"
-    headers = {"ETag": result.etag} if name == "event" else {}
-    data = result.members()
+def dispatch(store, method, path, query, headers, body):
+    """Perform a request and return the Response; raises HTTPError."""
+    route, id = find_route(method, path)
+    user = authorize(route, headers.get("user-id"))
+    request = Request(method, path, query, headers, body, id, user)
+    result = store.perform(route.operation, request)
+    return result if isinstance(result, Response) else present(result, route)
+
+
+def present(record, route):
+    """Return the Response that shows an Event or a Booking."""
+    name = "event" if isinstance(record, Event) else "booking"
+    headers = {"ETag": record.etag} if name == "event" else {}
+    data = record._asdict()
     if route.message:
         data = {"message": route.message, name: data}
     if route.method == "POST":
-        headers["Location"] = f"/api/{name}s/{result.id}"
-    return Response(201 if route.method == "POST" else 200, data, headers)
+        headers["Location"] = f"/api/{name}s/{record.id}"
+    return Response(201 if route.method == "POST" else 200, encode(data), headers)
 
 
 # ---- Request parsing ---------------------------------------------------------
@@ -496,22 +516,26 @@ def dispatch(store, route, request):
 # ends, which enables request smuggling. So one pattern must match the request line, and
 # another one the headers (RFC 9112, sections 2 to 7).
 
-REQUEST_LINE_LIMIT = 8 * 1024  # bytes; nginx's default
-HEADERS_LIMIT = 16 * 1024  # bytes of all header lines; Node.js's default
+REQUEST_LINE_LIMIT = 8 * 1024 + len("\r\n")  # bytes; nginx's default
+HEADERS_LIMIT = 16 * 1024 + len("\r\n")  # bytes with the empty line; Node.js's default
 BODY_LIMIT = 64 * 1024  # bytes; a valid event needs at most 3,000
 
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(f'({TOKEN}) ([!"$-~]+) (HTTP/[1-9][.][0-9])\r\n')
 HEADERS = re.compile(f"({TOKEN}:[\t -~\x80-\xff]*\r\n)*\r\n")
 NAME = "([0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"
-AUTHORITY = rf"({NAME}|\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\])(:[0-9]{{0,5}})?"
+IPV6 = r"\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]"
+AUTHORITY = rf"({NAME}|{IPV6})(:[0-9]{{0,5}})?"  # such as localhost:3000
 ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
+
+# What the headers say: a dict, the length of the body in bytes, and two booleans.
+Head = namedtuple("Head", "headers length keep_alive expects_100")
 
 
 @functools.lru_cache  # Request lines repeat, so parsed ones are cached.
 def parse_request_line(line):
     """Return (method, path, query, version); raises HTTPError (400, 414, 505)."""
-    require(len(line) <= REQUEST_LINE_LIMIT + len("\r\n"), 414, "Request line too long")
+    require(len(line) <= REQUEST_LINE_LIMIT, 414, "Request line too long")
     match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     require(match, 400, "Malformed request line")
     method, target, version = match.groups()
@@ -522,14 +546,20 @@ def parse_request_line(line):
     return method, path, query, version
 
 
-@functools.lru_cache
-def parse_headers(lines, version):
-    """Return (headers, body length, keep alive?, expects 100?) of a request.
+def read_header_lines(file):
+    """Return the header lines with the empty one, or more than HEADERS_LIMIT bytes."""
+    line, lines = None, bytearray()
+    while line not in (b"\r\n", b"\n", b"") and len(lines) <= HEADERS_LIMIT:
+        line = file.readline(HEADERS_LIMIT + 1)
+        lines += line
+    return bytes(lines)
 
-    Raises HTTPError (400, 411, 413, 431). The dict is cached: do not change it.
-    """
+
+@functools.lru_cache  # The result is cached as well: do not change its dict.
+def parse_headers(lines, version):
+    """Return the Head of a request; raises HTTPError (400, 411, 413, 431)."""
+    require(len(lines) <= HEADERS_LIMIT, 431, "Headers too large")
     text = lines.decode("latin-1")
-    require(len(lines) <= HEADERS_LIMIT + len("\r\n"), 431, "Headers too large")
     require(HEADERS.fullmatch(text), 400, "Malformed or incomplete header line")
     values = defaultdict(list)
     for line in text.split("\r\n")[:-2]:
@@ -539,117 +569,181 @@ def parse_headers(lines, version):
     # user-id or Idempotency-Key.
     headers = {name: ", ".join(parts) for name, parts in values.items()}
     is_1_1 = version == "HTTP/1.1"
-    host = headers.get("host", "")
-    if host or is_1_1:  # HTTP/1.0 needs no Host.
-        is_host = re.fullmatch(AUTHORITY, host)
+    if is_1_1 or headers.get("host"):  # HTTP/1.0 needs no Host.
+        is_host = re.fullmatch(AUTHORITY, headers.get("host", ""))
         require(is_host, 400, "Exactly one valid Host is required")
+    options = split_list(headers.get("connection", "").lower())
+    keep_alive = is_1_1 and "close" not in options
+    expects_100 = is_1_1 and headers.get("expect", "").lower() == "100-continue"
+    return Head(headers, body_length(headers), keep_alive, expects_100)
+
+
+def body_length(headers):
+    """Return the length of a body (RFC 9112, 6.3); raises HTTPError (400, 411, 413)."""
     length = headers.get("content-length", "0")
     require(re.fullmatch("[0-9]+", length), 400, "Invalid Content-Length")
     # A request with both Transfer-Encoding and Content-Length may be an attack.
     status = 400 if "content-length" in headers else 411
     require("transfer-encoding" not in headers, status, "Transfer-Encoding unsupported")
-    length = int(length.lstrip("0")[:9] or 0)  # A 9-digit length exceeds BODY_LIMIT.
-    require(length <= BODY_LIMIT, 413, "Body too large")
-    options = split_list(headers.get("connection", "").lower())
-    expects_100 = is_1_1 and headers.get("expect", "").lower() == "100-continue"
-    return headers, length, is_1_1 and "close" not in options, expects_100
+    digits = length.lstrip("0") or "0"
+    fits = len(digits) <= 5 and int(digits) <= BODY_LIMIT
+    require(fits, 413, "Body too large")
+    return int(digits)
 
 
 # ---- Connections -------------------------------------------------------------
-# Handler serves one connection. Its thread waits for the client without a timeout,
-# because Server drops the connections that are idle for too long.
+# Which connections are open, and which of them the server drops.
 
-COMMON_HEADERS = ["Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
-CONTENT_TYPE = "Content-Type: application/json; charset=utf-8"
+
+class Connections:
+    """The open connections, and how long the server has waited for their clients.
+
+    A connection is busy while a request of it is performed. At any other time the
+    server waits for the client, which has to send a complete request, or to read a
+    response. If that takes too long, the server drops the connection: it shuts it down,
+    so that its thread closes it, and performs no further request of it.
+    """
+
+    max_wait = 16  # seconds
+    max_wait_if_full = 1  # seconds
+
+    def __init__(self, clock=time.monotonic):
+        self.clock, self.lock = clock, threading.Lock()
+        self.waiting_since = {}  # connection -> time, or infinity if it is busy
+        files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
+        # 24 descriptors are reserved: log, console, and connections that are closing.
+        self.limit = max(8, min(512, files - 24)) if files > 0 else 512  # as in nginx
+
+    def is_full(self):
+        return len(self.waiting_since) >= self.limit
+
+    def set_waiting(self, connection):
+        """Add a connection, or note that it is no longer busy."""
+        with self.lock:
+            self.waiting_since[connection] = self.clock()
+
+    def set_busy(self, connection):
+        """Keep a connection from being dropped; raises OSError if it was dropped."""
+        with self.lock:
+            if connection not in self.waiting_since:
+                raise ConnectionAbortedError("the server has dropped the connection")
+            self.waiting_since[connection] = math.inf
+
+    def remove(self, connection):
+        with self.lock:
+            self.waiting_since.pop(connection, None)
+
+    def drop_slowest(self):
+        """Drop the connection that waits longest, if that is too long."""
+        max_wait = self.max_wait_if_full if self.is_full() else self.max_wait
+        with self.lock:
+            slowest = min(self.waiting_since, key=self.waiting_since.get, default=None)
+            if slowest and self.clock() - self.waiting_since[slowest] >= max_wait:
+                del self.waiting_since[slowest]
+                shut_down(slowest, socket.SHUT_RDWR)
+
+    def stop(self, seconds):
+        """Wait until the requests that have arrived are answered, but not longer."""
+        for connection in list(self.waiting_since):
+            shut_down(connection, socket.SHUT_RD)
+        deadline = time.monotonic() + seconds
+        while self.waiting_since and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for connection in list(self.waiting_since):
+            shut_down(connection, socket.SHUT_RDWR)
+
+
+def shut_down(connection, how):
+    with contextlib.suppress(OSError):  # The client has disconnected already.
+        connection.shutdown(how)
+
+
+# ---- Server ------------------------------------------------------------------
+# Handler serves one connection. It reads and writes without a timeout, because Server
+# drops the connections of slow clients.
+
 http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)  # once a second
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves the requests of one connection.
+    """Serves the requests of one connection. For each of them the base class calls
 
-    For each request the base class reads the request line and calls parse_request(). If
-    that returns True, it calls do_GET(), do_POST() or another, which are all respond(),
-    or send_error() for an unknown method. It stops when close_connection is True.
+    handle_one_request()   which reads the request line and calls
+    parse_request()        which reads and checks the rest of the head; and then
+    do_GET(), do_POST()…   which are all respond(); or, for an unknown method,
+    send_error()           which raises HTTPError, as each of these can
     """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # Nagle's algorithm delays a pipelined response.
 
-    def parse_request(self):
-        """Parse the request line and the headers; return False if they are invalid."""
-        self.close_connection, self.command = True, None  # for invalid requests
-        if self.raw_requestline == b"\r\n":  # An empty line is skipped: RFC 9112, 2.2.
-            self.raw_requestline = self.rfile.readline(REQUEST_LINE_LIMIT + 3)
-            if not self.raw_requestline:
-                return False
+    def handle_one_request(self):
+        """Serve one request; exceptions become responses here and nowhere else."""
+        # After an error the connection is closed, unless the request was complete.
+        self.close_connection, self.command = True, None
         try:
-            parsed = parse_request_line(self.raw_requestline)
-            self.command, self.path, self.query, self.request_version = parsed
-            line, lines = None, bytearray()
-            while line not in (b"\r\n", b"\n", b"") and len(lines) <= HEADERS_LIMIT + 2:
-                line = self.rfile.readline(HEADERS_LIMIT + 3)
-                lines += line
-            parsed = parse_headers(bytes(lines), self.request_version)
-            self.headers, self.length, self.keep_alive, self.expects_100 = parsed
-            return True
+            super().handle_one_request()
         except HTTPError as error:
             self.send(error.response)
-            return False
+        except Exception:  # a bug, or a disconnect, after which send() fails as well
+            self.server.handle_error(self.connection, self.client_address)
+            self.send(HTTPError(500, "Internal server error").response)
+
+    def parse_request(self):
+        """Parse the request line and the headers; return False if there is none."""
+        if self.raw_requestline == b"\r\n":  # An empty line is skipped: RFC 9112, 2.2.
+            self.raw_requestline = self.rfile.readline(REQUEST_LINE_LIMIT + 1)
+            if not self.raw_requestline:
+                return False
+        parsed = parse_request_line(self.raw_requestline)
+        self.command, self.path, self.query, self.request_version = parsed
+        self.head = parse_headers(read_header_lines(self.rfile), self.request_version)
+        return True
 
     def respond(self):
-        """Send the response to a request of any method; the routes list the methods."""
-        try:
-            response = self.perform()
-        except HTTPError as error:
-            response = error.response
-        except Exception:  # a bug, or the client has disconnected
-            self.server.handle_error(self.connection, self.client_address)
-            self.close_connection = True
-            response = HTTPError(500, "Internal server error").response
-        self.send(response)
-
-    def perform(self):
-        """Check the role, read the body and return the response; raises HTTPError."""
-        # Close unless the body gets read, or it would be taken for the next request.
-        self.close_connection = self.length > 0 or not self.keep_alive
-        user_id = self.headers.get("user-id")
-        route, id, user = authorize(self.command, self.path, user_id)
-        if self.expects_100:
+        """Read the body, perform the request and send the response."""
+        if self.head.expects_100:
             self.handle_expect_100()
-        body = self.rfile.read(self.length)
-        require(len(body) == self.length, 400, "Incomplete body")
-        self.close_connection = not self.keep_alive
-        self.server.claim(self.connection)  # The client is kept until send().
-        request = Request(self.query, self.headers, body, id, user)
-        return dispatch(self.server.store, route, request)
+        body = self.rfile.read(self.head.length)
+        require(len(body) == self.head.length, 400, "Incomplete body")
+        self.server.connections.set_busy(self.connection)
+        try:
+            self.close_connection = not self.head.keep_alive
+            request = self.command, self.path, self.query, self.head.headers, body
+            response = dispatch(self.server.store, *request)
+        finally:
+            self.server.connections.set_waiting(self.connection)
+        self.send(response)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = respond
     do_CONNECT = do_OPTIONS = do_TRACE = respond
 
     def send_error(self, code, message=None, explain=None):
-        """Send an error that the base class detects: 414, or 501 for the method."""
-        self.close_connection = True
-        self.send(HTTPError(code, self.responses[code][0]).response)
+        """Raise HTTPError: the base class has found a 414, or a 501 for the method."""
+        raise HTTPError(code, self.responses[code][0])
 
     def send(self, response):
         """Send a response with one write(); send_header() would be slower."""
-        status, data, headers = response
-        body = data if isinstance(data, bytes) else encode(data)
-        # A full server closes the connection to make room for another client.
-        self.close_connection = self.close_connection or self.server.is_full()
-        # The client is told one second less than the limit, so that it stops in time.
-        keep_alive = f"Keep-Alive: timeout={self.server.client_timeout - 1}"
-        lines = [
-            f"HTTP/1.1 {status} {self.responses[status][0]}",
-            f"Date: {http_date(int(time.time()), usegmt=True)}",
-            "Connection: close" if self.close_connection else keep_alive,
-            *COMMON_HEADERS,
-            *[f"{name}: {value}" for name, value in headers.items()],
-        ]
+        status, body, headers = response
+        if self.server.connections.is_full():
+            self.close_connection = True  # This makes room for another client.
+        headers = {
+            "Date": http_date(int(time.time()), usegmt=True),
+            "Connection": "close" if self.close_connection else "keep-alive",
+            "Content-Type": "application/json; charset=utf-8",
+            "Cache-Control": "no-cache",  # Caches may keep it, but must validate it.
+            "X-Content-Type-Options": "nosniff",
+            **headers,
+        }
+        if not self.close_connection:
+            # One second less than the limit, so that the client stops in time.
+            headers["Keep-Alive"] = f"timeout={self.server.connections.max_wait - 1}"
         if status != 304:
-            lines += [CONTENT_TYPE, f"Content-Length: {len(body)}"]
-        body = b"" if status == 304 or self.command == "HEAD" else body
-        self.server.wait_for_client(self.connection)  # Slow reading counts as idle.
+            headers["Content-Length"] = len(body)
+        if status == 304 or self.command == "HEAD":
+            body = b""
+        lines = [f"HTTP/1.1 {status} {self.responses[status][0]}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
         self.wfile.write("\r\n".join([*lines, "", ""]).encode() + body)
 
     def finish(self):
@@ -660,119 +754,74 @@ class Handler(BaseHTTPRequestHandler):
             while self.connection.recv(64 * 1024):
                 pass
 
+    def log_error(self, *arguments):
+        """Do nothing; the base class would report a client whose network vanished."""
+
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections, gives each a thread, and drops clients that are idle.
+    """Accepts connections, and serves each in a thread.
 
-    A connection is idle while the server waits for its client, to send a request or to
-    read a response. The thread of a connection calls claim() before it performs a
-    request; then the server does not drop the client until the response is being sent.
-    After a client was dropped, no request of it is performed.
+    The base class would start a thread for each connection, which takes longer than a
+    request, so the threads come from a pool. When Connections.limit is reached, new
+    clients wait in the queue of the system, each response closes its connection, and
+    slow clients are dropped sooner.
     """
 
     allow_reuse_address = os.name == "posix"  # On Windows, SO_REUSEADDR shares a port.
     # HTTPServer.server_bind() makes a DNS lookup, which can take seconds.
     server_bind = socketserver.TCPServer.server_bind
-    connection_limit = 512  # open connections; an nginx worker has as many
     request_queue_size = 4096  # clients that wait to be accepted; Linux's default
-    client_timeout = 16  # seconds that a client may be idle
-    idle_timeout = 1  # seconds that a client may be idle while others wait
-    shutdown_timeout = 2  # seconds to answer the last requests when the server stops
+    max_stop = 2  # seconds to answer the last requests when the server stops
+    stopping = False  # A signal handler sets this.
 
     def __init__(self, address, store):
-        """Bind and listen; raises OSError, OverflowError (port) or TypeError (host)."""
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.store, self.connections = store, set()
-        self.lock, self.idle_since = threading.Lock(), {}  # idle connection -> time
-        self.free_threads = threading.Semaphore(0)  # how many threads are free
-        self.accepted = queue.SimpleQueue()  # connections waiting for a free thread
-        files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
-        if files > 0:  # 24 descriptors are reserved: log, console, closing sockets.
-            self.connection_limit = max(8, min(self.connection_limit, files - 24))
-        super().__init__(address, Handler)
-
-    def is_full(self):
-        return len(self.connections) >= self.connection_limit
-
-    def wait_for_client(self, connection):
-        with self.lock:
-            self.idle_since[connection] = time.monotonic()
-
-    def claim(self, connection):
-        """Note that a connection is busy; raises HTTPError (408) if it was dropped."""
-        with self.lock:
-            since = self.idle_since.pop(connection, None)
-        require(since is not None, 408, "Request timed out")
-
-    def drop_idle(self, seconds):
-        """Drop the longest idle client; return False if none is idle for `seconds`."""
-        with self.lock, contextlib.suppress(OSError):  # The client has disconnected.
-            connection = min(self.idle_since, key=self.idle_since.get, default=None)
-            limit = time.monotonic() - seconds
-            if connection is None or self.idle_since[connection] > limit:
-                return False
-            del self.idle_since[connection]
-            self.connections.discard(connection)
-            connection.shutdown(socket.SHUT_RDWR)
-        return True
-
-    def service_actions(self):
-        """Drop clients that are idle too long; serve_forever() calls this regularly."""
-        while self.drop_idle(self.client_timeout):
-            pass
+        """Bind and listen; raises OSError, OverflowError (port) or UnicodeError (host)."""
+        self.store = store
+        # If the bind fails, the base class calls server_close(), which needs these two.
+        self.connections = Connections()
+        self.pool = ThreadPoolExecutor(10_000)  # Dropped connections may keep a thread.
+        host, port = address
+        found = min(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
+        self.address_family, _, _, _, (ip, _, *scope) = found  # IPv4, or else IPv6
+        super().__init__((ip, port, *scope), Handler)
 
     def get_request(self):
-        """Accept a connection; raises OSError if there is no room for one."""
-        with contextlib.suppress(OSError):  # The system has no file descriptor left.
-            if not self.is_full():
-                return super().get_request()
-        if not self.drop_idle(self.idle_timeout):
+        """Accept a connection. If that raises OSError, the base class tries again."""
+        try:
+            if self.connections.is_full():
+                raise BlockingIOError("too many connections")
+            return super().get_request()
+        except OSError:
             time.sleep(0.005)
-        raise BlockingIOError  # The base class ignores this error and tries again.
+            raise
 
     def process_request(self, request, client_address):
-        """Give a connection to a free thread, or to a new one if none is free."""
-        self.connections.add(request)
-        self.wait_for_client(request)
-        if self.free_threads.acquire(blocking=False):
-            self.accepted.put((request, client_address))
-            return
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # The system allows no more threads.
-            self.shutdown_request(request)
+        """Have a thread of the pool serve a connection."""
+        self.connections.set_waiting(request)
+        # submit() queues the connection, also if the system allows no more threads.
+        with contextlib.suppress(RuntimeError):
+            self.pool.submit(self.process_request_thread, request, client_address)
 
-    def process_request_thread(self, *arguments):
-        """Serve one connection after another: starting a thread takes longer."""
-        while arguments:
-            super().process_request_thread(*arguments)
-            self.free_threads.release()
-            arguments = self.accepted.get()
-        self.accepted.put(())  # The tuple is queued again for the next thread.
+    def service_actions(self):
+        """Drop a slow client, or stop; serve_forever() calls this regularly."""
+        self.connections.drop_slowest()
+        if self.stopping:
+            raise KeyboardInterrupt
 
     def close_request(self, request):
-        """Close a connection, which is the last that the base class does with it."""
-        self.connections.discard(request)
-        with self.lock:
-            self.idle_since.pop(request, None)
+        self.connections.remove(request)
         super().close_request(request)
 
     def handle_error(self, request, client_address):
         """Print the traceback of a bug, but nothing for an OSError: a disconnect."""
         if not isinstance(sys.exc_info()[1], OSError):
-            with contextlib.suppress(OSError, ValueError):  # stderr may be closed.
-                super().handle_error(request, client_address)
+            report(traceback.format_exc())
 
     def server_close(self):
         """Stop listening, wait for the last responses, and end the threads."""
         super().server_close()
-        for connection in self.connections.copy():
-            with contextlib.suppress(OSError):  # The client has disconnected already.
-                connection.shutdown(socket.SHUT_RD)
-        deadline = time.monotonic() + self.shutdown_timeout
-        while self.connections and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self.accepted.put(())  # Each waiting thread puts the tuple back and ends.
+        self.connections.stop(self.max_stop)
+        self.pool.shutdown(wait=False)
 
 
 # ---- Command line ------------------------------------------------------------
@@ -790,6 +839,7 @@ def parse_options(arguments):
     )
     option, default = parser.add_argument, "default: %(default)s"
     port_help = "port to listen on, 0 for any free port (default: $PORT, or else 3000)"
+    # argparse converts a default that is a string, so that $PORT is checked as well.
     port = os.environ.get("PORT") or "3000"
     option("-p", "--port", type=int, default=port, help=port_help)
     option("--host", default="127.0.0.1", help=default)
@@ -798,7 +848,7 @@ def parse_options(arguments):
     return parser.parse_args(arguments)
 
 
-def open_store(log_path, printer, error_printer):
+def open_store(log_path, printer):
     """Return a Store with its observers; raises OSError if the log is not writable."""
     if log_path == DEFAULT_LOG:  # Other folders must exist: their name may be a typo.
         os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
@@ -810,7 +860,7 @@ def open_store(log_path, printer, error_printer):
         for customer in customers:
             printer.say(f"🔔 Event update notification sent to customer {customer}")
 
-    store, log = Store(), Log(log_path, error_printer.say)
+    store, log = Store(), Log(log_path)
     store.on("booking.created", log, confirm)
     store.on("booking.cancelled", log)
     store.on("event.updated", notify)
@@ -818,62 +868,56 @@ def open_store(log_path, printer, error_printer):
 
 
 def pin_to_one_cpu():
-    """Keep the process on one CPU: passing Python's lock between CPUs is slow."""
+    """Keep the process on one CPU, which makes it up to twice as fast."""
+    # Passing Python's lock to a thread on another CPU takes longer than most requests.
     if getattr(sys, "_is_gil_enabled", lambda: True)():
         with contextlib.suppress(AttributeError, OSError):  # not Linux; not permitted
             cpus = sorted(os.sched_getaffinity(0))
+            # Several servers on one machine get different CPUs.
             os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})
 
 
-def install_signal_handlers():
-    """Have SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has no SIGHUP; nohup ignores it.
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
-        numbers.append(hangup)
+def stop_on_signals(server):
+    """Have Ctrl-C and SIGTERM stop the server, which answers its last requests."""
 
     def stop(_number, _frame):
-        # Further signals are ignored, but a second Ctrl-C ends the program at once.
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        raise KeyboardInterrupt
+        server.stopping = True  # An exception could interrupt the server anywhere.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Another Ctrl-C ends the process.
 
-    for number in numbers:
-        signal.signal(number, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
 
 
 def main(arguments=None):
     options = parse_options(arguments)
     host, port = options.host or "127.0.0.1", options.port
-    printer, error_printer = Printer(sys.stdout), Printer(sys.stderr)
+    printer = Printer(sys.stdout)
     try:
-        store = open_store(options.log, printer, error_printer)
+        store = open_store(options.log, printer)
     except OSError as error:
         sys.exit(f"eventbook: cannot write {options.log} ({error}); change --log")
     try:
         server = Server((host, port), store)
-    except (OSError, OverflowError, TypeError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         problem = f"cannot listen on {host}:{port} ({error})"
         sys.exit(f"eventbook: {problem}; change --port or --host")
-    pin_to_one_cpu()
-    threading.stack_size(2 * 1024**2)  # Nested JSON crashes 3.13 with 1 MiB of stack.
+    pin_to_one_cpu()  # before there are threads, which inherit it
+    threading.stack_size(1024**2)  # bytes; JSON with 1,000 brackets needs 256 KiB
     printer.start()
-    error_printer.start()
-    threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
     name = "localhost" if host == "127.0.0.1" else host
     name = f"[{name}]" if ":" in name else name
-    port = server.server_address[1]
-    with contextlib.suppress(KeyboardInterrupt):
-        install_signal_handlers()
-        printer.say(f"eventbook is listening on http://{name}:{port}")
-        while True:  # until a signal raises KeyboardInterrupt
-            time.sleep(0.5)
-    server.shutdown()
-    server.server_close()
-    printer.close(timeout=1)
-    error_printer.close(timeout=1)
+    stop_on_signals(server)
+    try:
+        url = f"http://{name}:{server.server_address[1]}"
+        printer.say(f"eventbook is listening on {url}")
+        server.serve_forever(poll_interval=0.1)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
+        printer.close(timeout=1)
 
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # Do not wait for threads whose clients never close.
