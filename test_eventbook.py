@@ -1,6 +1,6 @@
 """Tests of eventbook: its contract in runnable form, against a real server.
 
-    python -m pytest                     # the whole suite takes about 25 seconds
+    python -m pytest                     # the whole suite takes about 15 seconds
     python -m pytest -k assignment       # the assignment's nine test cases
 
 The fixture `server` is a server with a log and a console, in a thread of this process.
@@ -8,25 +8,27 @@ Event 1 exists from the start, with three tickets. Its methods send requests and
 a Reply(status, body, headers, raw), where body is the JSON and raw its bytes:
 
     server.create(title="x")             POST /api/events, as user 1
-    server.update(1, title="x")          PUT /api/events/1, as user 1
-    server.read(1)                       GET /api/events/1, as user 1
+    server.update(event=1, title="x")    PUT /api/events/1, as user 1
+    server.read(event=1)                 GET /api/events/1, as user 1
     server.list("?limit=2")              GET /api/events?limit=2, as user 2
-    server.book(1, user=3)               POST /api/events/1/book
-    server.cancel(1, user=3)             DELETE /api/bookings/1
+    server.book(event=1, user=3)         POST /api/events/1/book
+    server.cancel(booking=1, user=3)     DELETE /api/bookings/1
     server.call("PATCH", "/x", 2, body)  any other request
     server.talk(raw("GET", "/") + b"x")  bytes over a socket; returns a list of Replies
     exchange(connection, GET)            a request on a socket that stays open
     together(8, work)                    work(0) to work(7), in threads at the same time
     server.logged(), server.printed()    the log, and all lines on stdout (call it last)
 
-`@with_server(connection_limit=8)` changes limits of the server. `shared_server` is one
-server for all tests that change nothing. `launch` starts the program as a process, for
-signals and exit statuses. GET, LIST, CREATE and BOOK are the bytes of valid requests.
+`@with_limits(limit=8)` changes attributes of the server's Connections, whose clock can
+be a Clock that a test sets. `shared_server` is one server for all tests that change
+nothing. `launch` starts the program as a process, for signals and exit statuses. GET,
+LIST, CREATE and BOOK are the bytes of valid requests.
 """
 
 import contextlib
 import email.utils
 import http.client
+import io
 import itertools
 import json
 import os
@@ -67,33 +69,44 @@ Reply = namedtuple("Reply", "status body headers raw")
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
+def readme(pattern):
+    """Return all that a pattern matches in the README."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        return re.findall(pattern, file.read(), re.MULTILINE)
+
+
 class Client:
     """Sends requests to the server on a port."""
 
-    def __init__(self, port, log=None):
-        self.port, self.log = port, log
+    def __init__(self, port, log=None, server=None):
+        self.port, self.log, self.server = port, log, server
 
-    def create(self, user=1, **changes):
-        return self.call("POST", "/api/events", user, {**EVENT, **changes})
+    @property
+    def connections(self):
+        return self.server.connections
 
-    def update(self, id=1, /, headers=None, **changes):
-        return self.call("PUT", f"/api/events/{id}", 1, changes, headers)
+    def create(self, user=1, key=None, **changes):
+        body = {**EVENT, **changes}
+        return self.call("POST", "/api/events", user, body, with_key(key))
 
-    def read(self, id=1, headers=None):
-        return self.call("GET", f"/api/events/{id}", 1, headers=headers)
+    def update(self, event=1, headers=None, **changes):
+        return self.call("PUT", f"/api/events/{event}", 1, changes, headers)
+
+    def read(self, event=1, headers=None):
+        return self.call("GET", f"/api/events/{event}", 1, headers=headers)
 
     def list(self, query="", user=2):
         return self.call("GET", f"/api/events{query}", user)
 
     def book(self, event=1, user=2, key=None):
-        headers = {} if key is None else {"Idempotency-Key": key}
-        return self.call("POST", f"/api/events/{event}/book", user, headers=headers)
+        path = f"/api/events/{event}/book"
+        return self.call("POST", path, user, headers=with_key(key))
 
-    def cancel(self, id=1, user=2):
-        return self.call("DELETE", f"/api/bookings/{id}", user)
+    def cancel(self, booking=1, user=2):
+        return self.call("DELETE", f"/api/bookings/{booking}", user)
 
-    def bookings_of_event(self, id=1, query=""):
-        return self.call("GET", f"/api/events/{id}/bookings{query}", 1)
+    def bookings_of_event(self, event=1, query=""):
+        return self.call("GET", f"/api/events/{event}/bookings{query}", 1)
 
     def bookings_of_customer(self, user=2, query=""):
         return self.call("GET", f"/api/bookings{query}", user)
@@ -143,6 +156,10 @@ class Client:
         return [(entry["event"][len("booking.") :], entry["data"]) for entry in entries]
 
 
+def with_key(key):
+    return {} if key is None else {"Idempotency-Key": key}
+
+
 def make_reply(status, headers, data):
     headers = {name.lower(): value for name, value in headers.items()}
     return Reply(status, json.loads(data) if data else None, headers, data)
@@ -163,20 +180,30 @@ def read_to_end(connection):
             version, status, _ = line.split(b" ", 2)
             replies.append(make_reply(int(status), headers, data))
             assert version == b"HTTP/1.1"
-            check_common_headers(replies[-1])
+            if status != b"100":
+                check_headers(replies[-1])
     return replies
 
 
-def check_common_headers(reply):
-    """Check the headers of every response with a body, including the parser's own."""
-    if reply.status not in (100, 304):
-        assert reply.headers["content-type"] == "application/json; charset=utf-8"
-        assert reply.headers["cache-control"] == "no-store"
-        assert reply.headers["x-content-type-options"] == "nosniff"
-        date = email.utils.parsedate_to_datetime(reply.headers["date"])
-        assert abs(date.timestamp() - time.time()) < 5
-        assert len(reply.raw) == int(reply.headers["content-length"])
-        assert reply.raw.endswith(b"\n") and "python" not in str(reply).lower()
+ALWAYS = {
+    "content-type": "application/json; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-content-type-options": "nosniff",
+}
+OTHERS = """date connection keep-alive content-length x-total-count
+    allow etag location retry-after www-authenticate""".split()
+
+
+def check_headers(reply):
+    """Check the headers of any response, including those of the parser."""
+    headers = reply.headers
+    assert ALWAYS.items() <= headers.items() and set(headers) <= {*ALWAYS, *OTHERS}
+    assert headers["date"].endswith(" GMT") and "python" not in str(reply).lower()
+    date = email.utils.parsedate_to_datetime(headers["date"])
+    assert abs(date.timestamp() - time.time()) < 60
+    if reply.status != 304:
+        assert len(reply.raw) == int(headers["content-length"])
+        assert reply.raw.endswith(b"\n")
 
 
 def statuses(replies):
@@ -215,6 +242,12 @@ BODY = json.dumps(EVENT).encode()
 GET, LIST = raw("GET", "/"), raw("GET", "/api/events", user=2)
 CREATE = raw("POST", "/api/events", user=1, body=BODY)
 BOOK = raw("POST", "/api/events/1/book", user=2)
+UPDATE = raw("PUT", "/api/events/1", user=1)
+
+
+def ask(body=BODY, id=1, user=2, headers=(), method="POST", path="/", query=""):
+    """Return a Request for a Store without a server."""
+    return eventbook.Request(method, path, query, dict(headers), body, id, user)
 
 
 def eventually(condition):
@@ -243,17 +276,28 @@ def together(number, work):
         return list(pool.map(work, range(number)))
 
 
+class Clock:
+    """A clock for Connections, which stands still until a test sets `now`."""
+
+    now = 0
+
+    def __call__(self):
+        return self.now
+
+
 @contextlib.contextmanager
-def serving(store, log=None, **limits):
-    """Run a server in a thread."""
+def serving(store, log=None, max_stop=2, **limits):
+    """Run a server in a thread; the limits are attributes of its Connections."""
     server = eventbook.Server(("127.0.0.1", 0), store)
+    server.max_stop = max_stop
     thread = threading.Thread(target=server.serve_forever, args=[0.002])
     thread.start()
     try:
-        client = Client(server.server_address[1], log)
+        client = Client(server.server_address[1], log, server)
         client.create()  # before the limits, which may be small
+        eventually(lambda: not server.connections.waiting_since)
         for name, value in limits.items():
-            setattr(server, name, value)
+            setattr(server.connections, name, value)
         yield client
     finally:
         server.shutdown()
@@ -264,23 +308,19 @@ def serving(store, log=None, **limits):
 @contextlib.contextmanager
 def serving_all(folder, **limits):
     """Run a server with log and console, connected as main() does it."""
-    with contextlib.ExitStack() as stack:
-        printers = {}
-        for name in "stdout", "stderr":
-            stream = stack.enter_context(open(folder / name, "a", encoding="utf-8"))
-            printers[name] = eventbook.Printer(stream)
-            printers[name].start()
-            stack.callback(printers[name].close, 10)
+    with open(folder / "stdout", "a", encoding="utf-8") as stream:
+        printer = eventbook.Printer(stream)
+        printer.start()
 
-        def lines(name):
-            printers[name].close(10)
-            return (folder / name).read_text("utf-8").splitlines()
+        def printed():
+            printer.close(10)
+            return (folder / "stdout").read_text("utf-8").splitlines()
 
-        store = eventbook.open_store(str(folder / "log"), *printers.values())
-        server = stack.enter_context(serving(store, folder / "log", **limits))
-        server.printed = lambda: lines("stdout")
-        server.problems = lambda: lines("stderr")
-        yield server
+        store = eventbook.open_store(str(folder / "log"), printer)
+        with serving(store, folder / "log", **limits) as server:
+            server.printed = printed
+            yield server
+        printer.close(10)
 
 
 @pytest.fixture(autouse=True)
@@ -299,16 +339,16 @@ def server(request, tmp_path):
     eventually(lambda: threading.active_count() <= threads)
 
 
-def with_server(**limits):
+def with_limits(**limits):
     """Decorate a test so that its server has other limits."""
-    return each("server", [limits], indirect=True, ids=[str(limits)])
+    return each("server", [limits], indirect=True, ids=[" ".join(limits)])
 
 
 @pytest.fixture(scope="module")
 def shared_server():
     """A server for tests that change nothing; customer 2 has all tickets of event 1."""
     with serving(eventbook.Store()) as server:
-        assert [server.book().status for _ in "123"] == [201] * 3
+        assert statuses(server.book() for _ in range(3)) == [201] * 3
         yield server
 
 
@@ -355,8 +395,7 @@ def test_the_nine_cases_of_the_assignment(server):
 
 def test_json_has_its_keys_in_order_and_no_spaces(server):
     event = '{"id":1,"title":"Tech Conference 2026","date":"2026-02-15",'
-    event += '"availableTickets":3}'
-    assert server.read().raw == f"{event}\n".encode()
+    assert server.read().raw == f'{event}"availableTickets":3}}\n'.encode()
 
 
 def test_a_location_leads_to_what_was_created(server):
@@ -367,39 +406,30 @@ def test_a_location_leads_to_what_was_created(server):
     assert server.call("GET", "/api/bookings/1", 2).body == booked.body["booking"]
 
 
-ORGANIZER, CUSTOMER = "ORGANIZER", "CUSTOMER"
+ROWS = readme(r"^\| `([A-Z]+) (\S+)` \| (.*) \| (.*) \|$")
 ROUTES = [
-    ("POST", "/api/events", [ORGANIZER]),
-    ("PUT", "/api/events/:id", [ORGANIZER]),
-    ("GET", "/api/events", [CUSTOMER]),
-    ("POST", "/api/events/:id/book", [CUSTOMER]),
-    ("DELETE", "/api/bookings/:id", [CUSTOMER]),
-    ("GET", "/api/events/:id", [ORGANIZER, CUSTOMER]),
-    ("GET", "/api/events/:id/bookings", [ORGANIZER]),
-    ("GET", "/api/bookings", [CUSTOMER]),
-    ("GET", "/api/bookings/:id", [CUSTOMER]),
-    ("GET", "/", []),
+    (method, path, re.findall("[A-Z]{2,}", roles)) for method, path, roles, _ in ROWS
 ]
-ROLES = {None: None, 1: ORGANIZER, 2: CUSTOMER, 3: CUSTOMER, 4: None}
+ROLES = {None: None, 1: "ORGANIZER", 2: "CUSTOMER", 3: "CUSTOMER", 4: None}
+
+
+def test_the_root_lists_the_routes_of_the_readme(shared_server):
+    root = shared_server.call("GET", "/").body
+    assert (root["service"], root["version"]) == ("eventbook", eventbook.VERSION)
+    assert len(ROWS) == len(root["routes"]) == 10
+    for route, listed in zip(ROUTES, root["routes"]):
+        assert route == (listed["method"], listed["path"], listed["roles"])
+    assert [row[3] for row in ROWS] == [row["operation"] for row in root["routes"]]
 
 
 @each("method, path, roles", ROUTES)
 def test_a_route_rejects_all_but_its_roles(shared_server, method, path, roles):
     for user, role in ROLES.items():
-        reply = shared_server.call(method, path.replace(":id", "9"), user, b"!")
-        expected = (403,) if role else (401,)
-        expected = (200, 400, 404) if not roles or role in roles else expected
-        assert reply.status in expected, user
-
-
-def test_the_root_lists_the_routes(shared_server):
-    root = shared_server.call("GET", "/").body
-    routes = [
-        (route["method"], route["path"], route["roles"]) for route in root["routes"]
-    ]
-    assert (root["service"], root["version"]) == ("eventbook", eventbook.VERSION)
-    assert root["routes"][8]["operation"] == "Get your booking."
-    assert routes == ROUTES
+        reply = shared_server.call(method, path.replace(":id", "9"), user)
+        if not roles or role in roles:
+            assert reply.status not in (401, 403)
+        else:
+            assert reply[:2] == ((403, DENIED) if role else (401, UNAUTHORIZED))
 
 
 USERS = cases("|0|4|+2|02|2.0|2,2|2 2|2\r\nUser-Id: 2|２|²")
@@ -412,48 +442,59 @@ def test_a_malformed_or_unknown_user_id_is_unauthorized(shared_server, user):
     assert reply.headers["www-authenticate"] == "user-id"
 
 
-OLD, NO_KEY = {"If-Match": '"x"'}, {"Idempotency-Key": ""}
-CHUNKED = {"Transfer-Encoding": "chunked"}
-EXPECTED = "Expecting value: line 1 column 1 (char 0)"
+OLD, NO_KEY = 'If-Match: "x"', "Idempotency-Key:"
 CHECKS = [  # most requests fail several checks; the first of them decides
-    (411, "Transfer-Encoding unsupported", "BREW", "/x", None, None, CHUNKED),
-    (413, "Body too large", "BREW", "/x", None, b"[" * 100_000, {}),
-    (501, "Not Implemented", "BREW", "/x", None, b"!", {}),
-    (404, "Not found", "PATCH", "/x", None, b"!", {}),
-    (405, "Method not allowed", "PATCH", "/api/events", None, b"!", {}),
-    (401, "Unauthorized", "POST", "/api/events", None, b"!", {}),
-    (403, "Access denied", "POST", "/api/events", 2, b"!", {}),
-    (400, f"Invalid JSON: {EXPECTED}", "PUT", "/api/events/9", 1, b"!", OLD),
-    (404, "Event not found", "PUT", "/api/events/9", 1, {"x": 1}, OLD),
-    (404, "Event not found", "POST", "/api/events/9/book", 2, None, NO_KEY),
-    (404, "Event not found", "GET", "/api/events/9/bookings?limit=x", 1, None, {}),
-    (404, "Booking not found", "DELETE", "/api/bookings/9", 3, b"!", {}),
-    (403, "Access denied", "DELETE", "/api/bookings/1", 3, b"!", {}),
-    (403, "Access denied", "GET", "/api/bookings/1", 3, None, {}),
-    (412, "Event has changed", "PUT", "/api/events/1", 1, {"x": 1}, OLD),
-    (400, "Validation failed", "POST", "/api/events/1/book", 2, None, NO_KEY),
-    (400, "Booking failed: sold out", "POST", "/api/events/1/book", 2, b"!", {}),
+    ("411 Transfer-Encoding uns", raw("BREW", "/x", "Transfer-Encoding: chunked")),
+    ("413 Body too large", raw("BREW", "/x", "Content-Length: 99999")),
+    ("501 Not Implemented", raw("BREW", "/x", "Content-Length: 9")),
+    ("400 Incomplete body", raw("PATCH", "/x", "Content-Length: 9")),
+    ("404 Not found", raw("PATCH", "/x", body=b"!")),
+    ("405 Method not allowed", raw("PATCH", "/api/events", body=b"!")),
+    ("401 Unauthorized", raw("POST", "/api/events", NO_KEY, body=b"!")),
+    ("403 Access denied", raw("POST", "/api/events", NO_KEY, user=2, body=b"!")),
+    ("400 Validation failed", raw("POST", "/api/events", NO_KEY, user=1, body=b"!")),
+    ("400 Validation failed", raw("POST", "/api/events/9/book", NO_KEY, user=2)),
+    ("400 Invalid JSON", raw("PUT", "/api/events/9", OLD, NO_KEY, user=1, body=b"!")),
+    ("404 Event not found", raw("PUT", "/api/events/9", OLD, user=1, body=b'{"x":1}')),
+    ("404 Event not found", raw("GET", "/api/events/9/bookings?limit=x", user=1)),
+    ("404 Booking not found", raw("DELETE", "/api/bookings/9", user=3, body=b"!")),
+    ("403 Access denied", raw("DELETE", "/api/bookings/1", user=3, body=b"!")),
+    ("403 Access denied", raw("GET", "/api/bookings/1", user=3)),
+    (
+        "412 Event has changed",
+        raw("PUT", "/api/events/1", OLD, user=1, body=b'{"x":1}'),
+    ),
+    (
+        "400 Booking failed: sold out",
+        raw("POST", "/api/events/1/book", user=2, body=b"!"),
+    ),
 ]
 
 
-@each("status, error, method, path, user, body, headers", CHECKS)
-def test_the_first_check_that_fails_decides(
-    shared_server, status, error, method, path, user, body, headers
-):
-    reply = shared_server.call(method, path, user, body, headers)
-    assert (reply.status, reply.body["error"]) == (status, error)
+def described(reply):
+    return f"{reply.status} {reply.body['error']}"
 
 
-TOO_LONG = "9" * 601
+@each("error, request_bytes", CHECKS, ids=short)
+def test_the_first_check_that_fails_decides(shared_server, error, request_bytes):
+    (reply,) = shared_server.talk(request_bytes)
+    assert described(reply).startswith(error)
+
+
 UNKNOWN_PATHS = cases(
     "/x|/api|/API/events|/api/events/x|/api/events/-1|/*|/api/events//1|//api/events"
     "|/api/events//|/api/events/1/book/2|/api/events/:id|/api/events/%31"
 )
 
 
-@each("path", [*UNKNOWN_PATHS, f"/api/events/{TOO_LONG}"], ids=short)
+@each("path", [*UNKNOWN_PATHS, f"/api/events/{'9' * 601}"], ids=short)
 def test_an_unknown_path_is_not_found(shared_server, path):
     assert shared_server.call("GET", path)[:2] == (404, {"error": "Not found"})
+
+
+def test_an_id_has_up_to_600_digits(shared_server):
+    assert shared_server.read("0" * 599 + "1").body["id"] == 1
+    assert shared_server.read("9" * 600)[:2] == (404, NO_EVENT)
 
 
 @each("path", sorted({path for _, path, _ in ROUTES}))
@@ -475,17 +516,16 @@ def test_a_method_that_http_does_not_define_is_not_implemented(shared_server, me
 
 @each("path, roles", [route[1:] for route in ROUTES if route[0] == "GET"])
 def test_head_has_the_headers_of_get_and_no_body(shared_server, path, roles):
-    user, path = 1 if ORGANIZER in roles else 2, path.replace(":id", "1")
+    user, path = 1 if "ORGANIZER" in roles else 2, path.replace(":id", "1")
     get, head = (shared_server.call(method, path, user) for method in ("GET", "HEAD"))
     assert (get.status, head.status, head.body) == (200, 200, None)
     assert {**head.headers, "date": ""} == {**get.headers, "date": ""}
 
 
-@each("header", ["X: y", "Content-Length: 99999", "Expect: 100-continue"])
+@each("header", ["X: y", "Content-Length: 99999", "Transfer-Encoding: x", "X : y"])
 def test_an_error_response_to_head_has_no_body(shared_server, header):
     with shared_server.connect() as connection, connection.makefile("rb") as file:
-        connection.sendall(GET.replace(b"GET / ", b"HEAD /x ")[:-2])
-        connection.sendall(f"{header}\r\nConnection: close\r\n\r\n".encode())
+        connection.sendall(raw("HEAD", "/x", "Connection: close", header))
         connection.shutdown(socket.SHUT_WR)
         response = file.read()
         assert response.startswith(b"HTTP/1.1 4") and response.endswith(b"\r\n\r\n")
@@ -502,9 +542,9 @@ INVALID_DATES = cases(
     "|2026-02-15T19:30+0100|2026-02-15T19:30+25:00|2026-02-15T19:30:00.1234567890"
 )
 INVALID = [  # name, description, values
-    ("title", TITLE, ["", " \t\n", "x" * 201, 5, None, True, ["x"]]),
+    ("title", TITLE, ["", " \t\n", "x" * 201, "語" * 201, 5, None, True, ["x"]]),
     ("availableTickets", TICKETS, [0, -1, 10**9 + 1, True, 3.0, 1e9, "3", None]),
-    ("date", DATE, [None, 20260215, [], "2026-02-15\n", " 2026-02-15"]),
+    ("date", DATE, [None, 20260215, [], {}, "2026-02-15\n", " 2026-02-15"]),
     ("date", DATE, INVALID_DATES),
 ]
 
@@ -521,7 +561,7 @@ def test_an_invalid_field_is_described(shared_server, name, description, values)
 
 
 VALID = [
-    ("title", ["x", "x" * 200, "🎟️", '"\\/', "\u0001", "<b>"]),
+    ("title", ["x", "x" * 200, "語" * 200, "🎟️", '"\\/', "\u0001", "<b>"]),
     ("availableTickets", [1, 10**9]),
     ("date", ["0001-01-01", "9999-12-31", "2024-02-29", "2026-02-15T19:30"]),
     ("date", ["2026-02-15T00:00Z", "2026-02-15T19:30:59", "2026-02-15T19:30+05:30"]),
@@ -539,15 +579,11 @@ def test_a_valid_field_is_stored_as_it_is(server, name, values):
 
 
 def test_all_invalid_fields_are_described_at_once(shared_server):
-    created = shared_server.call("POST", "/api/events", 1, {"x": 1}).body
-    assert created["details"] == {
-        "title": TITLE,
-        "date": DATE,
-        "availableTickets": TICKETS,
-    }
-    updated = shared_server.update(availableTickets=-1, id=2, x=1).body
-    assert updated["details"] == {
-        "availableTickets": "must be an integer from 0 to 1,000,000,000",
+    created = shared_server.call("POST", "/api/events", 1, {"x": 1}).body["details"]
+    assert created == {"title": TITLE, "date": DATE, "availableTickets": TICKETS}
+    updated = shared_server.update(availableTickets=-1, id=2, x=1).body["details"]
+    assert updated == {
+        "availableTickets": TICKETS.replace("1", "0", 1),
         "id": "must be the id in the path",
         "x": "unknown field",
     }
@@ -586,8 +622,7 @@ def test_an_update_of_nothing_notifies_each_customer_once(server, body):
 
 
 def test_an_event_can_be_read_edited_and_put_back(server):
-    read = server.read()
-    edited = {**read.body, "title": "New"}
+    edited = {**server.read().body, "title": "New"}
     assert server.update(**edited).body["event"] == edited
 
 
@@ -612,6 +647,10 @@ INVALID_JSON = [  # the beginning of the error, bodies
     ("Extra data", [BODY + b"x", BODY + BODY]),
     ("Invalid control character", [b'{"title":"\n"}']),
     ("", [BODY[:-1], b'{"title":"x",}']),
+    ("JSON has more than 1,000", [b'{"":' * 9500 + b"1" + b"}" * 9500]),
+    ("JSON has more than 1,000", [b"[" * 30_000 + b"]" * 30_000, b"[" * 1001]),
+    ("must be an object", [b"[" + BODY + b"]", b'"x"', b"1", b"null"]),
+    ("JSON has more than 1,000", [b'[{"":' * 501 + b"1" + b"}]" * 501]),
 ]
 
 
@@ -622,36 +661,21 @@ def test_invalid_json_is_a_bad_request(shared_server, error, bodies):
         for method, path in ("POST", "/api/events"), ("PUT", "/api/events/1"):
             reply = shared_server.call(method, path, 1, body)
             assert reply.status == 400, body
-            assert reply.body["error"].startswith(f"Invalid JSON: {error}"), body
+            assert error in reply.body["error"] and "JSON" in reply.body["error"], body
             assert not re.search("codec|utf-8-sig|sys[.]", reply.body["error"])
 
 
-@each("body", [b"[" + BODY + b"]", b'"x"', b"1", b"null"])
-def test_a_json_body_must_be_an_object(shared_server, body):
-    reply = shared_server.call("POST", "/api/events", 1, body)
-    assert reply[:2] == (400, {"error": "The JSON body must be an object"})
+def test_an_unknown_field_may_have_brackets(server):
+    assert server.create(x=[[]] * 900, y="{" * 98).status == 201
 
 
-DEEP = [b"[" * 30_000 + b"]" * 30_000, b'{"x":' * 10_000 + b"1" + b"}" * 10_000]
-
-
-@each("body", DEEP, ids=short)
-def test_deeply_nested_json_is_a_bad_request(shared_server, body):
-    """How deep is too deep depends on the Python version."""
-    assert shared_server.call("PUT", "/api/events/1", 1, body).status == 400
-
-
-def test_a_byte_order_mark_is_ignored(server):
+def test_a_byte_order_mark_and_the_content_type_are_ignored(server):
     marked = "\ufeff".encode() + BODY
-    assert server.call("POST", "/api/events", 1, marked).status == 201
-    for body in marked, "\ufeff".encode():
-        assert server.call("PUT", "/api/events/1", 1, body).status == 200
-
-
-def test_the_content_type_is_ignored(server):
     for content_type in "text/plain", "application/x-www-form-urlencoded", "":
         headers = {"Content-Type": content_type}
-        assert server.call("POST", "/api/events", 1, BODY, headers).status == 201
+        assert server.call("POST", "/api/events", 1, marked, headers).status == 201
+        assert server.call("PUT", "/api/events/1", 1, marked, headers).status == 200
+    assert server.call("PUT", "/api/events/1", 1, marked[:3]).status == 200
 
 
 def test_book_and_cancel_ignore_a_body(server):
@@ -675,101 +699,116 @@ def test_a_retry_with_a_key_books_once(server):
     assert len(server.printed()) == 1
 
 
-def test_a_key_belongs_to_one_event_and_one_customer(server):
+def test_a_retry_with_a_key_creates_once(server):
+    """The first response is repeated even after the event was updated."""
+    first = server.create(key="k")
+    server.update(event=2, title="New")
+    again = server.create(key="k")
+    assert again[:2] == first[:2] == (201, {"id": 2, **EVENT})
+    for name in "location", "etag":
+        assert again.headers[name] == first.headers[name]
+    assert len(server.list().body) == 2
+
+
+def test_a_key_belongs_to_one_path_one_body_and_one_user(server):
+    error = {"error": "Idempotency-Key was used for another request"}
     server.create()
     assert server.book(event=1, key="k").status == 201
-    error = {"error": "Idempotency-Key was used for another event"}
     assert server.book(event=2, key="k")[:2] == (422, error)
-    other = server.book(event=2, user=3, key="k").body["booking"]
-    assert other == {"id": 2, "eventId": 2, "customerId": 3}
+    headers = with_key("k")
+    path = "/api/events/1/book"
+    assert server.call("POST", path, 2, b"x", headers)[:2] == (422, error)
+    assert server.book(event=2, user=3, key="k").body["booking"]["id"] == 2
+    assert server.create(key="k").status == 201
+    assert server.create(key="k", title="New")[:2] == (422, error)
 
 
-def test_a_failed_booking_does_not_use_up_its_key(server):
+def test_a_failed_request_does_not_use_up_its_key(server):
     """A key that was used is remembered even when the event is sold out."""
     for tickets, status in (0, 400), (1, 201), (0, 201):
         server.update(availableTickets=tickets)
         assert server.book(key="k").status == status
+    assert server.create(key="k", title="").status == 400
+    assert server.create(key="k").status == 201
 
 
-@each("key", ["", "a b", "a\tb", "ä", "x" * 256], ids=short)
+@each("key", ["", "a b", "a\tb", "ä", "x" * 256, "a\r\nIdempotency-Key: b"], ids=short)
 def test_a_key_has_1_to_255_visible_ascii_characters(shared_server, key):
     details = {"Idempotency-Key": "must be 1 to 255 visible ASCII characters"}
-    reply = shared_server.book(key=key)
-    assert reply.body == {"error": "Validation failed", "details": details}
+    for path, user in ("/api/events", 1), ("/api/events/1/book", 2):
+        request = raw("POST", path, f"Idempotency-Key: {key}", user=user, body=BODY)
+        (reply,) = shared_server.talk(request)
+        assert reply.body == {"error": "Validation failed", "details": details}
 
 
 def test_the_newest_ten_thousand_keys_are_remembered():
     """After 10,001 keys the second one is still known; the first one books again."""
-    store, ask = eventbook.Store(), eventbook.Request("", {}, BODY, 1, 2)
-    store.create(ask)
-    store.update(ask._replace(body=b'{"availableTickets":20000}'))
+    store = eventbook.Store()
+    store.perform(eventbook.Store.create, ask())
+    tickets = ask(b'{"availableTickets":20000}', method="PUT")
+    store.perform(eventbook.Store.update, tickets)
     keys = [{"idempotency-key": str(key)} for key in [*range(10_001), 1, 0]]
-    bookings = [store.book(ask._replace(headers=key)) for key in keys]
+    book = eventbook.Store.book
+    bookings = [store.perform(book, ask(headers=key)) for key in keys]
     assert [booking.id for booking in bookings] == [*range(1, 10_002), 2, 10_002]
 
 
 # ---- Preconditions -----------------------------------------------------------
 
 
-def test_an_etag_changes_with_the_event_and_never_returns(server):
-    """It does not return with the same content, nor in another run of the server."""
-    with serving(eventbook.Store()) as another_run:
-        tags = {another_run.create().headers["etag"]}
-    for change in (
-        lambda: server.update(title="New"),
-        lambda: server.book(),
-        lambda: server.cancel(),
-        lambda: server.update(availableTickets=0),
-        lambda: server.update(**EVENT),
-    ):
-        tags.add(server.read().headers["etag"])
-        assert change().status in (200, 201)
-    tags.add(server.read().headers["etag"])
-    assert len(tags) == 7
-    assert all(re.fullmatch(r'"[0-9a-f]{12}-\d+"', tag) for tag in tags)
-
-
-def test_an_etag_stays_while_the_event_stays(server):
-    tag = server.read().headers["etag"]
+def test_etags_are_equal_exactly_if_the_content_is(server):
     server.create()
-    assert server.update().headers["etag"] == tag
-    assert server.update(**EVENT).headers["etag"] == tag
-    assert server.read().headers["etag"] == tag
+    tags = {server.read().headers["etag"], server.read(2).headers["etag"]}
+    assert len(tags) == 2
+    for changes in {"title": "New"}, {"date": "2027-01-01"}, {"availableTickets": 2}:
+        changed = server.update(**changes).headers["etag"]
+        assert changed == server.read().headers["etag"]
+        assert re.fullmatch('"[0-9a-f]+"', changed) and changed not in tags
+        tags.add(changed)
+        assert server.update(**EVENT).headers["etag"] in tags
+    assert len(tags) == 5
 
 
-PRECONDITIONS = [  # TAG is the current ETag; the status of a PUT, and of a GET
-    ("If-Match", ["TAG", "*", '"old", TAG'], 200, 200),
-    ("If-Match", ['"old"', "W/TAG", 'W/TAG, "*"', "xTAG", "TAGTAG", ""], 412, 412),
-    ("If-None-Match", ["TAG", "*", '"old",TAG', 'W/"old", W/TAG'], 412, 304),
-    ("If-None-Match", ['"old"', '"*"', "xTAG", "w/TAG", ""], 200, 200),
+def test_an_etag_is_back_after_a_booking_was_cancelled(server):
+    tag = server.read().headers["etag"]
+    server.book()
+    assert server.read().headers["etag"] != tag
+    server.cancel()
+    assert server.update().headers["etag"] == server.read().headers["etag"] == tag
+
+
+PRECONDITIONS = [  # headers, where TAG is the current ETag; statuses of PUT and GET
+    (["If-Match: TAG", "If-Match: *", 'If-Match: "old", TAG'], 200, 200),
+    (['If-Match: "old"\r\nIf-Match: TAG'], 200, 200),
+    (['If-Match: "old"', "If-Match: W/TAG", 'If-Match: W/TAG, "*"'], 412, 412),
+    (["If-Match: xTAG", "If-Match: TAGTAG", "If-Match:"], 412, 412),
+    (["If-None-Match: TAG", "If-None-Match: *", 'If-None-Match: "old",TAG'], 412, 304),
+    (['If-None-Match: W/"old", W/TAG', "If-Match: *\r\nIf-None-Match: *"], 412, 304),
+    (["If-Match: TAG\r\nIf-None-Match: TAG"], 412, 304),
+    (['If-Match: "old"\r\nIf-None-Match: TAG'], 412, 412),
+    (['If-None-Match: "old"', 'If-None-Match: "*"', "If-None-Match: xTAG"], 200, 200),
+    (["If-None-Match: w/TAG", "If-None-Match:"], 200, 200),
 ]
 
 
-@each("name, values, put_status, get_status", PRECONDITIONS)
+@each("headers, put_status, get_status", PRECONDITIONS)
 def test_if_match_and_if_none_match_guard_put_and_get(
-    server, name, values, put_status, get_status
+    server, headers, put_status, get_status
 ):
     """A 412 and a 304 carry the current ETag, and nothing has changed then."""
     server.book()
-    for number, value in enumerate(values):
+    for number, header in enumerate(headers):
         before, title = server.read(), str(number)
-        headers = {name: value.replace("TAG", before.headers["etag"])}
-        get = server.read(headers=headers)
-        assert (get.status, get.headers["etag"]) == (get_status, before.headers["etag"])
-        put, after = server.update(headers=headers, title=title), server.read()
+        tag, body = before.headers["etag"], json.dumps({"title": title}).encode()
+        header = header.replace("TAG", tag)
+        (get,) = server.talk(raw("GET", "/api/events/1", header, user=1))
+        assert (get.status, get.headers["etag"]) == (get_status, tag)
+        (put,) = server.talk(raw("PUT", "/api/events/1", header, user=1, body=body))
+        after = server.read()
         assert (put.status, put.headers["etag"]) == (put_status, after.headers["etag"])
         assert (after.body["title"] == title) == (put_status == 200)
     notified = [line for line in server.printed() if line.startswith("🔔")]
-    assert len(notified) == len(values) * (put_status == 200)
-
-
-def test_a_304_has_no_body(shared_server):
-    for method in "GET", "HEAD":
-        reply = shared_server.call(
-            method, "/api/events/1", 1, None, {"If-None-Match": "*"}
-        )
-        assert (reply.status, reply.raw) == (304, b"")
-        assert "content-length" not in reply.headers
+    assert len(notified) == len(headers) * (put_status == 200)
 
 
 # ---- Lists -------------------------------------------------------------------
@@ -780,23 +819,23 @@ PAGES = [  # query, ids, total
     ("?limit=2", [1, 2], 5),
     ("?limit=2&offset=1", [2, 3], 5),
     ("?offset=4&limit=1000", [5], 5),
-    ("?offset=99", [], 5),
+    (f"?offset={'9' * 600}&limit=1", [], 5),
     ("?available=true", [1, 3, 5], 3),
     ("?available=true&limit=1&offset=1", [3], 3),
     ("?available=false", [1, 2, 3, 4, 5], 5),
-    ("?sort=title&x&=&%00", [1, 2, 3, 4, 5], 5),
+    ("?sort=title&sort=date&x&=&%00", [1, 2, 3, 4, 5], 5),
 ]
 
 
 def test_a_list_has_limit_offset_and_total(server):
-    """Events 2 and 4 are sold out. Each query is made twice, for the cached list."""
+    """Events 2 and 4 are sold out. Each list is read twice: the second is cached."""
     for event in 2, 3, 4, 5:
         server.create(availableTickets=1)
-    assert [server.book(event).status for event in (2, 4)] == [201, 201]
-    for query, ids, total in PAGES * 2:
-        listed = server.list(query)
-        assert [event["id"] for event in listed.body] == ids, query
-        assert listed.headers["x-total-count"] == str(total), query
+    assert statuses([server.book(2), server.book(4)]) == [201, 201]
+    for query, ids, total in PAGES:
+        for listed in server.list(query), server.list(query):
+            assert [event["id"] for event in listed.body] == ids, query
+            assert listed.headers["x-total-count"] == str(total), query
 
 
 PAGE = {
@@ -807,11 +846,12 @@ PAGE = {
 INVALID_QUERIES = cases(
     "limit=0|limit=1001|limit=x|limit=|limit=-1|limit=1.0|limit=1_0|limit=%EF%BC%91"
     "|limit=%2B1|offset=-1|offset=x|offset=|offset=1e3|available=|available=1"
-    "|available=True"
+    "|available=True|limit=abc&limit=1|limit=1&limit=abc|limit=1&limit=1"
+    "|offset=x&offset=1|offset=1&%6Fffset=1|available=true&available=true"
 )
 
 
-@each("query", [*INVALID_QUERIES, f"offset={TOO_LONG}"], ids=short)
+@each("query", [*INVALID_QUERIES, f"offset={'9' * 601}"], ids=short)
 def test_an_invalid_query_is_a_bad_request(shared_server, query):
     name, lists = query.split("=")[0], [shared_server.list(f"?{query}")]
     if name != "available":
@@ -833,100 +873,24 @@ def test_bookings_are_listed_by_event_and_by_customer(server):
     assert second.headers["x-total-count"] == "2"
 
 
-def test_the_cost_of_a_list_is_proportional_to_its_length():
-    """The seconds for each event, after a booking, are the fastest of five lists."""
-    costs = []
-    for number in 1000, 12_000:
-        store = eventbook.Store()
-        ask = eventbook.Request("", {}, BODY, 1, 2)
-        for _ in range(number):
-            store.create(ask)
-        store.list_events(ask)
-        durations = []
-        for _ in range(5):
-            store.cancel(ask._replace(id=store.book(ask).id))
-            begin = time.thread_time()
-            store.list_events(ask)
-            durations.append(time.thread_time() - begin)
-        costs.append(min(durations) / number)
-    assert costs[1] < 4 * costs[0]
+def test_a_record_is_encoded_once():
+    """So a list after a booking encodes one event, however many there are."""
+    store = eventbook.Store()
+    events = [store.create(ask()) for _ in range(3)]
+    texts = [event.json_text for event in events]
+    store.book(ask(id=2))
+    listed = [event.json_text for event in store.events.values()]
+    assert [new is old for new, old in zip(listed, texts)] == [True, False, True]
 
 
 # ---- Races -------------------------------------------------------------------
-# A model and many clients: without Store's lock, the tests with many clients fail.
+# If one operation of Store runs without the lock, a test of this section fails.
 
 
-class Model:
-    """A model of the server, so simple that it is obviously correct."""
-
-    def __init__(self):
-        self.events, self.bookings, self.last = {1: {"id": 1, **EVENT}}, {}, 0
-
-    def create(self, **changes):
-        event = {"id": len(self.events) + 1, **EVENT, **changes}
-        self.events[event["id"]] = event
-        return 201, dict(event)
-
-    def update(self, id, **changes):
-        if id not in self.events:
-            return 404, NO_EVENT
-        self.events[id].update(changes)
-        return 200, {"message": "Event updated", "event": dict(self.events[id])}
-
-    def book(self, event, user):
-        if event not in self.events:
-            return 404, NO_EVENT
-        if not self.events[event]["availableTickets"]:
-            return 400, SOLD_OUT
-        self.events[event]["availableTickets"] -= 1
-        self.last += 1
-        booking = {"id": self.last, "eventId": event, "customerId": user}
-        self.bookings[self.last] = booking
-        return 201, {"message": "Booking successful", "booking": booking}
-
-    def cancel(self, id, user):
-        if id not in self.bookings:
-            return 404, NO_BOOKING
-        if self.bookings[id]["customerId"] != user:
-            return 403, DENIED
-        booking = self.bookings.pop(id)
-        self.events[booking["eventId"]]["availableTickets"] += 1
-        return 200, {"message": "Booking cancelled", "booking": booking}
-
-    def bookings_with(self, key, value):
-        return [booking for booking in self.bookings.values() if booking[key] == value]
-
-
-@each("seed", range(2))
-def test_a_random_history_has_the_responses_of_the_model(server, seed):
-    chance, model = random.Random(seed), Model()
-    for _ in range(100):
-        event, booking = chance.randint(1, len(model.events) + 1), chance.randint(1, 40)
-        user, changes = (
-            chance.choice([2, 3]),
-            {"availableTickets": chance.randint(1, 5)},
-        )
-        operation, arguments, changes = chance.choice(
-            [("create", [], changes), ("update", [event], changes)]
-            + [("book", [event, user], {}), ("cancel", [booking, user], {})] * 3
-        )
-        expected = getattr(model, operation)(*arguments, **changes)
-        reply = getattr(server, operation)(*arguments, **changes)
-        assert reply[:2] == expected
-        assert server.list().body == list(model.events.values())
-        customers = server.bookings_of_customer(user).body
-        assert customers == model.bookings_with("customerId", user)
-        if event in model.events:
-            events = server.bookings_of_event(event).body
-            assert events == model.bookings_with("eventId", event)
-
-
-def test_a_concurrent_history_is_one_that_the_model_has(server):
-    """Replayed in the order of the log, the model ends with the same events."""
-    model, confirmed = Model(), []
-    for _ in "23":
-        server.create()
-        model.create()
+def test_a_concurrent_history_can_be_replayed_from_the_log(server):
+    """A simple model then has the same tickets and bookings as the server."""
+    server.repeat(CREATE, 2)
+    confirmed, tickets, live = [], {1: 3, 2: 3, 3: 3}, {}
 
     def client(number):
         chance = random.Random(number)
@@ -940,12 +904,19 @@ def test_a_concurrent_history_is_one_that_the_model_has(server):
 
     together(12, client)
     for kind, booking in server.logged():
-        id, event, user = booking.values()
-        made = model.book(event, user) if kind == "created" else model.cancel(id, user)
-        assert made[1].get("booking") == booking
-    assert list(model.events.values()) == server.list().body
+        tickets[booking["eventId"]] += -1 if kind == "created" else 1
+        assert tickets[booking["eventId"]] >= 0
+        if kind == "created":
+            live[booking["id"]] = booking
+        else:
+            assert live.pop(booking["id"]) == booking
+    listed = {event["id"]: event["availableTickets"] for event in server.list().body}
+    assert listed == tickets
+    for user in 2, 3:
+        expected = [b for b in live.values() if b["customerId"] == user]
+        assert server.bookings_of_customer(user).body == expected
     logged = [booking for _, booking in server.logged()]
-    assert sorted(map(str, confirmed)) == sorted(map(str, logged))
+    assert sorted(confirmed, key=str) == sorted(logged, key=str)
 
 
 def test_concurrent_bookings_sell_each_ticket_once(server):
@@ -968,167 +939,149 @@ def test_concurrent_creates_give_each_event_an_id(server):
     assert [event["id"] for event in server.list().body] == list(range(1, 722))
 
 
-@contextlib.contextmanager
-def serving_slowly():
-    """Run a server that waits between the check and the change of an operation."""
-    store = eventbook.Store()
-    for name in "booking.created", "booking.cancelled", "event.updated":
-        store.on(name, lambda *_: time.sleep(0.02))
-    with serving(store) as server:
-        yield server
-
-
-def test_only_one_of_many_slow_cancellations_succeeds():
-    with serving_slowly() as server:
-        server.book()
-        replies = together(8, lambda _: server.cancel().status)
-        assert sorted(replies) == [200] + [404] * 7
-        assert server.read().body == {"id": 1, **EVENT}
-
-
-def test_only_one_of_many_slow_updates_with_one_etag_succeeds():
-    with serving_slowly() as server:
-        headers = {"If-Match": server.read().headers["etag"]}
-
-        def update(number):
-            return server.update(headers=headers, title=str(number)).status
-
-        replies = together(8, update)
-        assert sorted(replies) == [200] + [412] * 7
-        assert server.read().body["title"] == str(replies.index(200))
-
-
-def test_concurrent_bookings_with_one_key_book_once(server):
+def test_concurrent_requests_with_one_key_have_one_effect(server):
     for key, left in ("a", 2), ("b", 1), ("c", 0):
         replies = together(16, lambda _, key=key: server.book(key=key)[:2])
         assert replies == [(201, replies[0][1])] * 16
         assert server.read().body["availableTickets"] == left
+    replies = together(16, lambda _: server.create(key="a")[:2])
+    assert replies == [(201, {"id": 2, **EVENT})] * 16
     assert [booking["id"] for _, booking in server.logged()] == [1, 2, 3]
     assert len(server.printed()) == 3
 
 
-@each("path, user", [("/api/events/1/bookings", 1), ("/api/bookings", 2)])
-def test_bookings_can_be_listed_while_others_cancel(server, path, user):
-    """Each list is complete: it has the 200 bookings that nobody cancels."""
-    server.update(availableTickets=500)
-    server.repeat(BOOK, 500)
-    cancel = [raw("DELETE", f"/api/bookings/{id}", user=2) for id in range(201, 501)]
-    lists = raw("GET", path, user=user) * 100
-    replies = together(4, lambda n: server.talk(lists if n else b"".join(cancel)))
-    assert [len(listed) for listed in replies[1:]] == [100] * 3
-    for reply in itertools.chain(*replies[1:]):
-        ids = [booking["id"] for booking in reply.body]
-        assert ids[:200] == list(range(1, 201)) and ids == sorted(ids)
-    assert statuses(replies[0]) == [200] * 300
+@pytest.fixture
+def slow_server():
+    """A server that waits between the check and the change of an operation.
+
+    When it waits, the semaphore `server.waiting` is released.
+    """
+    store, waiting = eventbook.Store(), threading.Semaphore(0)
+
+    def wait(*_):
+        waiting.release()
+        time.sleep(0.02)
+
+    for name in "booking.created", "booking.cancelled", "event.updated":
+        store.on(name, wait)
+    with serving(store) as server:
+        server.waiting = waiting
+        yield server
 
 
-def test_a_list_shows_every_change_that_has_been_answered(server):
-    """In each turn two clients change events while two others list them."""
-    server.repeat(CREATE, 3000)
-    query = "?available=true&limit=1"
-    listing = raw("GET", f"/api/events{query}", user=2)
-    with frequent_switches(), contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(server.connect()) for _ in "1234"]
-        for turn in range(200):
-            body = b'{"title":"%d"}' % turn
-            change = [raw("PUT", f"/api/events/{n}", user=1, body=body) for n in (2, 1)]
-            for client, data in zip(clients, [change[0], listing, change[1], listing]):
-                client.sendall(data)
-            assert statuses(map(receive, clients)) == [200] * 4
-            assert server.list(query).body[0]["title"] == str(turn)
+def test_only_one_of_many_slow_cancellations_succeeds(slow_server):
+    slow_server.book()
+    replies = together(8, lambda _: slow_server.cancel().status)
+    assert sorted(replies) == [200] + [404] * 7
+    assert slow_server.read().body == {"id": 1, **EVENT}
+
+
+def test_only_one_of_many_slow_updates_with_one_etag_succeeds(slow_server):
+    headers = {"If-Match": slow_server.read().headers["etag"]}
+
+    def update(number):
+        return slow_server.update(headers=headers, title=str(number)).status
+
+    replies = together(8, update)
+    assert sorted(replies) == [200] + [412] * 7
+    assert slow_server.read().body["title"] == str(replies.index(200))
+
+
+LISTS = [("/api/events?available=true", 2), ("/api/events/1/bookings", 1)]
+LISTS += [("/api/bookings", 2), ("/api/events/1", 1), ("/api/bookings/1", 2)]
+
+
+@each("path, user", LISTS)
+def test_a_booking_is_seen_by_every_request_that_is_made_after_its_log_line(
+    slow_server, path, user
+):
+    """The observer stands for the log. A read waits until the operation is complete."""
+    with ThreadPoolExecutor(1) as pool:
+        booked = pool.submit(slow_server.book)
+        assert slow_server.waiting.acquire(timeout=20)
+        seen = slow_server.call("GET", path, user)
+        assert booked.result().status == 201
+    assert seen[:2] == slow_server.call("GET", path, user)[:2]
 
 
 # ---- Framing -----------------------------------------------------------------
 # Each malformed request stands between two valid ones. The first gets its response, the
-# second is not read: nobody can say where it begins.
+# second is not read: nobody can say where it begins. The cases of a row are separated
+# by "|", and its name is how the response begins.
 
 REQUEST_LINES = {  # a Host follows
-    400: "Host: a|GET|GET /|GET / |/ HTTP/1.1|GET HTTP/1.1|\n| | GET / HTTP/1.1"
-    "|GET  / HTTP/1.1|GET /  HTTP/1.1|GET / HTTP/1.1 |GET\t/ HTTP/1.1|GET /\tHTTP/1.1"
-    "|GET / x HTTP/1.1|GET / HTTP/1.1x|GET / HTTP|GET / HTTP/1|GET / HTTP/.1|\x16\x03"
-    "|GET / HTTP/1.1.1|GET / HTTP/+1.1|GET / HTTP/01.01|GET / HTTP/1.١|GET / http/1.1"
-    "|(GET) / HTTP/1.1|GÄT / HTTP/1.1|GET: / HTTP/1.1|GET\0 / HTTP/1.1|GET / HTTP/0.9"
-    "|GET /ä HTTP/1.1|GET /\0 HTTP/1.1|GET /\x7f HTTP/1.1|GET\xa0/\xa0HTTP/1.1"
-    "|GET /\nX: y HTTP/1.1|GET / HTTP/1.1\n|GET api/events HTTP/1.1|GET * HTTP/1.1"
-    "|OPTIONS ** HTTP/1.1|GET ? HTTP/1.1|CONNECT a:80 HTTP/1.1|GET http:// HTTP/1.1"
+    "400 Malformed request line": "Host: a|GET|GET /|GET / |/ HTTP/1.1|GET HTTP/1.1|\n"
+    "| | GET / HTTP/1.1|GET  / HTTP/1.1|GET /  HTTP/1.1|GET / HTTP/1.1 |GET\t/ HTTP/1.1"
+    "|GET /\tHTTP/1.1|GET / x HTTP/1.1|GET / HTTP/1.1x|GET / HTTP|GET / HTTP/1|\x16\x03"
+    "|GET / HTTP/.1|GET / HTTP/1.1.1|GET / HTTP/+1.1|GET / HTTP/01.01|GET / HTTP/1.١"
+    "|GET / http/1.1|GET / HTTP/0.9|(GET) / HTTP/1.1|GÄT / HTTP/1.1|GET: / HTTP/1.1"
+    "|GET\0 / HTTP/1.1|GET /ä HTTP/1.1|GET /\0 HTTP/1.1|GET /\x7f HTTP/1.1|GET / HTTP/1.1\n"
+    "|GET\xa0/\xa0HTTP/1.1|GET /\nX: y HTTP/1.1|GET /#a HTTP/1.1|GET /?a#b HTTP/1.1"
+    "|GET http://a/#b HTTP/1.1",
+    "400 Invalid request target": "GET api/events HTTP/1.1|GET * HTTP/1.1|GET ? HTTP/1.1"
+    "|OPTIONS ** HTTP/1.1|CONNECT a:80 HTTP/1.1|GET http:// HTTP/1.1|GET ftp://a/ HTTP/1.1"
     "|GET http:/a HTTP/1.1|GET http://u@a/ HTTP/1.1|GET http://a:b/ HTTP/1.1",
-    414: "GET /" + "x" * 8192 + " HTTP/1.1|" + "x" * 9000 + "|" + "x" * 70_000,
-    505: "GET / HTTP/2.0|GET / HTTP/1.2|GET / HTTP/9.9|PRI * HTTP/2.0",
+    "414 Request line too long": f"GET /{'x' * 8192} HTTP/1.1|{'x' * 9000}",
+    "414": "x" * 70_000,
+    "505 Use HTTP/1.0 or HTTP/1.1": "GET / HTTP/2.0|GET / HTTP/1.2|PRI * HTTP/2.0",
 }
 HEADER_LINES = {  # a Host precedes
-    400: "X : 1|X\t: 1| X: 1|\tX: 1|X|X 1|: 1|=: 1| |\t|X@Y: 1|X(Y): 1|Xä: 1|X/Y: 1"
-    '|\xa0X: 1|X[:1|"X": 1|X\\: 1|X: \0|X: \x01|X: \x7f|X: \x1b[31m|X: \x0b|\0X: 1'
-    "|X\0: 1|X: a\n b|X: a\rb|X: a\nY: b|X: a\rContent-Length: 9|X: a\r|X: a\r\n b"
-    "|X: a\r\n\tb|X: a\r\n  |Host: a|Host: b|HOST: a",
-    431: "X: " + "x" * 16384 + "|" + "\r\n".join(["X: 1"] * 3000),
+    "400 Malformed or incomplete header line": "X : 1|X\t: 1| X: 1|\tX: 1|X|X 1|: 1|=: 1"
+    '| |\t|X@Y: 1|X(Y): 1|Xä: 1|X/Y: 1|\xa0X: 1|X[:1|"X": 1|X\\: 1|X: \0|X: \x01|X: \x7f'
+    "|X: \x1b[31m|X: \x0b|\0X: 1|X\0: 1|X: a\n b|X: a\rb|X: a\nY: b|X: a\r|X: a\r\n b"
+    "|X: a\rContent-Length: 9|X: a\r\n\tb|X: a\r\n  ",
+    "400 Exactly one valid Host is required": "Host: a|Host: b|HOST: a",
+    "431 Headers too large": f"X: {'x' * 16384}|" + "\r\n".join(["X: 1"] * 3000),
 }
 HOSTS = {  # there are no other headers
-    400: "X: 1|Host:|Host: |Host: a, b|Host: a,b|Host: u@a|Host: a/b|Host: http://a"
-    "|Host: a b|Host: a:b|Host: a:80:80|Host: [::1|Host: ::1|Host: a?b|Host: a#b"
-    '|Host: a\\b|Host: ä|Host: <a>|Host: a:-1|Host: [a]b|Host: "a"|Host: a:123456',
+    "400 Exactly one valid Host is required": "X: 1|Host:|Host: |Host: a, b|Host: a,b"
+    "|Host: u@a|Host: a/b|Host: http://a|Host: a b|Host: a:b|Host: a:80:80|Host: [::1"
+    "|Host: ::1|Host: a?b|Host: a#b|Host: a\\b|Host: ä|Host: <a>|Host: a:-1|Host: [a]b"
+    '|Host: "a"|Host: a:123456',
 }
 LENGTHS = {  # the value of Content-Length, and what follows it
-    400: '+2|-2|2 2|2,2|2, 2|2_0|0x2|2.0|²|２| |"2"|2;|\xa02|2\r\nContent-Length: 2'
-    "|2\r\ncontent-length: 3|2\r\nTransfer-Encoding: chunked"
+    "400 Invalid Content-Length": '+2|-2|2 2|2,2|2, 2|2_0|0x2|2.0|²|２| |"2"|2;|\xa02'
+    "|2\r\nContent-Length: 2|2\r\ncontent-length: 3",
+    "400 Transfer-Encoding unsupported": "2\r\nTransfer-Encoding: chunked"
     "|0\r\nTransfer-Encoding: chunked",
-    413: "65537|99999999999999999999|" + "9" * 5000,
+    "413 Body too large": f"65537|99999999999999999999|{'9' * 5000}|000065537",
 }
 CODINGS = {  # the value of Transfer-Encoding, and what follows it
-    400: "\x0bchunked|chunked\r\nContent-Length: 2|chunked\r\n fold|x\0",
-    411: "chunked|Chunked|identity|gzip, chunked|x| |chunked;q=1",
+    "400": "\x0bchunked|chunked\r\nContent-Length: 2|chunked\r\n fold|x\0",
+    "411 Transfer-Encoding unsupported": "chunked|Chunked|identity|gzip, chunked|x| ",
 }
 WHOLE_REQUESTS = {
-    400: "GET / HTTP/1.1\nHost: a\n\n|GET / HTTP/1.1\r\nHost: a\n\r\n|\n"
-    "|\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n|GET / HTTP/1.1\rHost: a\r\r\n\n"
+    "400 Malformed request line": "GET / HTTP/1.1\nHost: a\n\n|\n"
+    "|\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n|GET / HTTP/1.1\rHost: a\r\r\n\n",
+    "400 Malformed or incomplete": "GET / HTTP/1.1\r\nHost: a\n\r\n"
     "|GET / HTTP/1.1\r\nHost: a\r\n\n",
-    431: "GET / HTTP/1.1\r\nX: " + "x" * 16_381 + "\r\nHost: a\r\n\r\n",
+    "431 Headers too large": f"GET / HTTP/1.1\r\nX: {'x' * 16_381}\r\nHost: a\r\n\r\n",
 }
+TEMPLATES = [
+    ("...\r\nHost: a\r\n\r\n", REQUEST_LINES),
+    ("GET / HTTP/1.1\r\nHost: a\r\n...\r\n\r\n", HEADER_LINES),
+    ("GET / HTTP/1.1\r\n...\r\n\r\n", HOSTS),
+    ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: ...\r\n\r\n{}", LENGTHS),
+    ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: ...\r\n\r\n{}", CODINGS),
+    ("POST / HTTP/1.0\r\nTransfer-Encoding: ...\r\n\r\n{}", CODINGS),
+    ("...", WHOLE_REQUESTS),
+]
 MALFORMED = [
-    (status, encoded(template.replace("...", case)))
-    for template, table in [
-        ("...\r\nHost: a\r\n\r\n", REQUEST_LINES),
-        ("GET / HTTP/1.1\r\nHost: a\r\n...\r\n\r\n", HEADER_LINES),
-        ("GET / HTTP/1.1\r\n...\r\n\r\n", HOSTS),
-        ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: ...\r\n\r\n{}", LENGTHS),
-        ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: ...\r\n\r\n{}", CODINGS),
-        ("POST / HTTP/1.0\r\nTransfer-Encoding: ...\r\n\r\n{}", CODINGS),
-        ("...", WHOLE_REQUESTS),
-    ]
-    for status in table
-    for case in cases(table[status])
+    (error, encoded(template.replace("...", case)))
+    for template, table in TEMPLATES
+    for error, row in table.items()
+    for case in cases(row)
 ]
 
 
-@each("status, malformed", MALFORMED, ids=short)
-def test_a_malformed_request_is_rejected_and_closed(shared_server, status, malformed):
-    valid, error = shared_server.talk(GET + malformed + GET, half_close=False)
-    assert (valid.status, error.status) == (200, status)
-    assert error.headers["connection"] == "close"
-    assert statuses(shared_server.talk(malformed, half_close=False)) == [status]
-
-
-ERRORS = [
-    ("Malformed request line", b"GET /\r\n\r\n"),
-    ("Use HTTP/1.0 or HTTP/1.1", b"GET / HTTP/2.0\r\n\r\n"),
-    ("Exactly one valid Host is required", b"GET / HTTP/1.1\r\n\r\n"),
-    ("Request line too long", b"GET /" + b"x" * 8192),
-    ("(Request-)?URI Too Long", b"x" * 70_000 + b"\n"),
-    ("Invalid request target", raw("GET", "a")),
-    ("Malformed or incomplete header line", raw("GET", "/", " X: 1")),
-    ("Headers too large", raw("GET", "/", "X: " + "x" * 16384)),
-    ("Invalid Content-Length", raw("GET", "/", "Content-Length: x")),
-    ("Incomplete body", raw("GET", "/", "Content-Length: 9")),
-    (
-        "Event has not changed",
-        raw("PUT", "/api/events/1", "If-None-Match: *", user=1),
-    ),
-]
-
-
-@each("error, wrong", ERRORS, ids=short)
-def test_an_error_response_says_what_is_wrong(shared_server, error, wrong):
-    (reply,) = shared_server.talk(wrong)
-    assert re.fullmatch(error, reply.body["error"])
+@each("error, malformed", MALFORMED, ids=short)
+def test_a_malformed_request_is_rejected_and_closed(shared_server, error, malformed):
+    replies = shared_server.talk(GET + malformed + GET, half_close=False)
+    assert statuses(replies) == [200, int(error[:3])]
+    assert described(replies[1]).startswith(error)
+    assert replies[1].headers["connection"] == "close"
+    assert "keep-alive" not in replies[1].headers
+    assert len(shared_server.talk(malformed, half_close=False)) == 1
 
 
 def of_size(request_line, headers):
@@ -1142,7 +1095,8 @@ TARGETS = cases("http://a/|HTTP://A:80/|https://a?x|/?a=b?c/d&%zz|http://[::1]:8
 KEEPS_OPEN = [
     *[(200, encoded(f"GET / HTTP/1.1\r\nHost:{host}\r\n\r\n")) for host in VALID_HOSTS],
     *[(200, raw("GET", target)) for target in TARGETS],
-    *[(200, raw("GET", "/", body=body)) for body in (GET, b" " * 65536)],
+    (200, raw("GET", "/", body=GET)),
+    (200, raw("GET", "/", body=b" " * 65536)),
     (200, of_size(8192, 99)),
     (200, b"\r\n" + of_size(8192, 16384)),
     (200, raw("GET", "/", "X:", "X: a\tb", "!#$%&'*+-.^_`|~09azAZ: 1", "Y: ä")),
@@ -1152,10 +1106,13 @@ KEEPS_OPEN = [
     (304, raw("GET", "/api/events/1", "If-None-Match: *", user=1)),
     (304, raw("HEAD", "/api/events/1", "If-None-Match: *", user=1)),
     (400, raw("POST", "/api/events", user=1, body=GET)),
-    (401, raw("GET", "/api/events")),
-    (403, raw("GET", "/api/bookings", user=1)),
-    (404, raw("OPTIONS", "*")),
-    (405, raw("PATCH", "/")),
+    (401, raw("POST", "/api/events", body=GET)),
+    (403, raw("POST", "/api/events", user=2, body=GET)),
+    (404, raw("POST", "/x", body=GET)),
+    (404, raw("OPTIONS", "*", body=GET)),
+    (405, raw("PATCH", "/", body=GET)),
+    (412, raw("PUT", "/api/events/1", "If-None-Match: *", user=1, body=b"{}")),
+    (200, raw("PUT", "/api/events/1", "Idempotency-Key:", user=1, body=b"{}")),
 ]
 CLOSES = [
     (200, b"GET / HTTP/1.0\r\n\r\n"),
@@ -1163,26 +1120,22 @@ CLOSES = [
     (200, raw("GET", "/", "Connection: x ,\tClose ,")),
     (200, raw("GET", "/", "Connection: keep-alive", "Connection: close")),
     (501, raw("BREW", "/", body=GET)),
-    (401, raw("POST", "/api/events", body=GET)),
-    (403, raw("POST", "/api/events", user=2, body=GET)),
-    (404, raw("POST", "/x", body=GET)),
-    (405, raw("PATCH", "/", body=GET)),
+    (501, raw("BREW", "/", "Expect: 100-continue", body=GET)),
     (413, raw("GET", "/", body=b" " * 65537)),
+    (413, raw("POST", "/", "Expect: 100-continue", "Content-Length: 65537")),
     (414, of_size(8193, 99)),
     (431, of_size(99, 16385)),
 ]
 
 
 @each("status, first", KEEPS_OPEN, ids=short)
-def test_a_response_keeps_the_connection_if_no_body_is_unread(
-    shared_server, status, first
-):
+def test_a_complete_request_keeps_the_connection_open(shared_server, status, first):
     """The advertised timeout is one second less than the server's."""
     replies = shared_server.talk(first + GET + GET)
     assert statuses(replies) == [status, 200, 200]
     for reply in replies:
         assert reply.headers["keep-alive"] == "timeout=15"
-        assert "connection" not in reply.headers
+        assert reply.headers["connection"] == "keep-alive"
 
 
 @each("status, last", CLOSES, ids=short)
@@ -1193,26 +1146,24 @@ def test_a_response_that_closes_the_connection_says_so(shared_server, status, la
     assert "keep-alive" not in reply.headers
 
 
-EXPECT = "Expect: 100-Continue", f"Content-Length: {len(BODY)}"
-CREATE_HEAD = raw("POST", "/api/events", *EXPECT, user=1)
-REJECTED = [
-    (404, raw("POST", "/x", *EXPECT)),
-    (401, raw("POST", "/api/events", *EXPECT)),
-    (403, raw("POST", "/api/events", *EXPECT, user=2)),
-    (413, raw("POST", "/api/events", EXPECT[0], "Content-Length: 65537", user=1)),
-]
+def test_an_absolute_target_leads_to_its_path(shared_server):
+    (reply,) = shared_server.talk(raw("GET", "http://b:80/api/events/1?x", user=1))
+    assert reply.body["id"] == 1
+    (reply,) = shared_server.talk(raw("GET", "http://b/api/events?limit=x", user=2))
+    assert reply.body["details"] == {"limit": PAGE["limit"]}
 
 
-def test_an_http_1_1_client_that_expects_100_gets_it(server):
-    replies = server.talk(CREATE_HEAD, BODY + CREATE_HEAD, BODY)
+def test_a_client_that_expects_100_gets_it_before_it_sends_the_body(server):
+    headers = "Expect: 100-Continue", f"Content-Length: {len(BODY)}"
+    head = raw("POST", "/api/events", *headers, user=1)
+    replies = server.talk(head, BODY + head, BODY)
     assert statuses(replies) == [100, 201] * 2
-    replies = server.talk(CREATE_HEAD.replace(b"1.1", b"1.0", 1), BODY)
-    assert statuses(replies) == [201]
-
-
-@each("status, head", REJECTED)
-def test_a_rejected_client_is_not_told_to_continue(shared_server, status, head):
-    assert statuses(shared_server.talk(head, half_close=False)) == [status]
+    assert statuses(server.talk(head.replace(b"1.1", b"1.0", 1), BODY)) == [201]
+    assert statuses(server.talk(raw("POST", "/x", *headers), BODY + GET)) == [
+        100,
+        404,
+        200,
+    ]
 
 
 def test_control_characters_of_a_client_are_escaped(shared_server):
@@ -1228,22 +1179,22 @@ def test_empty_lines_after_the_last_request_get_no_response(shared_server):
         assert statuses(shared_server.talk(data)) == [200] * data.count(b"GET")
 
 
-LONG = [  # headers, targets and bodies of about 16, 8 and 64 KiB
-    *[raw("GET", "/", f"{name}: x{' ' * 16_000}x") for name in ("Connection", "X")],
-    *[
-        raw("GET", "/", f"Connection: {',' * 16_000}"),
-        raw("GET", "/" + "9" * 8000),
-    ],
-    *[
-        raw("GET", "/", *["a:"] * 4000),
-        raw("GET", "http://" + "a" * 8000 + "@/"),
-    ],
-    raw("PUT", "/api/events/1", f"If-Match: x{' ' * 16_000}x", user=1),
-    *[raw("GET", f"/api/events?{text}", user=2) for text in ("&" * 8000, "%" * 8000)],
-    *[raw("GET", f"/api/events?offset={'9' * 8000}", user=2)],
-    *[raw("POST", "/api/events", user=1, body=b'{"x":' + b" " * 65_000 + b"!")],
-    *[raw("POST", "/api/events", user=1, body=b"[" + b"9" * 65_000 + b"]")],
-    *[raw("POST", "/api/events", user=1, body=b'"' + b"\\u0000" * 10_000)],
+LONG = [  # heads and bodies of 8 to 64 KiB; no cache has seen the number in place of _N_
+    raw("GET", "/", "X: _N_", f"Connection: x{' ' * 16_000}x"),
+    raw("GET", "/", "X: _N_", f"Connection: {',' * 16_000}"),
+    raw("GET", "/", f"X: _N_{' ' * 16_000}x"),
+    raw("GET", "/", "X: _N_", *["a:"] * 4000),
+    raw("GET", "/", f"Content-Length: {'0' * 16_000}_N_x"),
+    raw("GET", "/_N_" + "9" * 8000),
+    raw("GET", f"http://{'a' * 8000}_N_@/"),
+    raw("PUT", "/api/events/1", "X: _N_", f"If-Match: x{' ' * 16_000}x", user=1),
+    raw("GET", f"/api/events?_N_{'&' * 8000}", user=2),
+    raw("GET", f"/api/events?_N_{'%' * 8000}", user=2),
+    raw("GET", f"/api/events?offset=_N_{'9' * 8000}", user=2),
+    raw("POST", "/api/events", user=1, body=b'{"_N_":' + b" " * 65_000 + b"!"),
+    raw("POST", "/api/events", user=1, body=b"[_N_" + b"9" * 65_000 + b"]"),
+    raw("POST", "/api/events", user=1, body=b'"_N_' + b"\\u0000" * 10_000),
+    raw("POST", "/api/events", user=1, body=b"[_N_" + b"[{" * 32_000),
 ]
 
 
@@ -1251,9 +1202,9 @@ LONG = [  # headers, targets and bodies of about 16, 8 and 64 KiB
 def test_the_cost_of_parsing_is_proportional_to_the_size(shared_server, long):
     """A quadratic parser takes 0.2 s of processor time; the fastest of three counts."""
     durations = []
-    for _ in "123":
+    for number in b"111", b"222", b"333":
         begin = time.process_time()
-        assert len(shared_server.talk(long)) == 1
+        assert len(shared_server.talk(long.replace(b"_N_", number))) == 1
         durations.append(time.process_time() - begin)
     assert min(durations) < 0.1
 
@@ -1263,7 +1214,7 @@ def test_the_cost_of_parsing_is_proportional_to_the_size(shared_server, long):
 
 @each("status, data", [(201, CREATE), (200, LIST), (400, raw("GET", "/", "X : 1"))])
 def test_a_request_can_arrive_in_two_pieces(server, status, data):
-    for at in range(1, len(data)):
+    for at in range(1, len(data), 5):
         assert statuses(server.talk(data[:at], data[at:])) == [status], at
 
 
@@ -1280,6 +1231,96 @@ def test_pipelined_requests_are_answered_in_order(server):
     replies = server.talk(CREATE * 50 + b"".join(reads))
     assert statuses(replies) == [201] * 50 + [200] * 50
     assert [reply.body["id"] for reply in replies] == [*range(2, 52)] * 2
+
+
+@pytest.fixture
+def pairs():
+    """Four pairs of connected sockets: the server's side and the client's."""
+    with contextlib.ExitStack() as stack:
+        both = [socket.socketpair() for _ in range(4)]
+        for side in itertools.chain(*both):
+            stack.enter_context(side).settimeout(20)
+        yield both
+
+
+def make_connections(pairs, limit):
+    """Return Connections that wait for the clients of pairs since 0, 1, 2, and 3 s."""
+    connections = eventbook.Connections(clock=Clock())
+    connections.limit = limit
+    for now, (side, _) in enumerate(pairs):
+        connections.clock.now = now
+        connections.set_waiting(side)
+    return connections
+
+
+WAITS = [  # the limit of connections, the time, and how many are dropped by then
+    (5, 15.9, 0),
+    (5, 16, 1),
+    (5, 17.5, 2),
+    (5, 99, 4),
+    (4, 0.9, 0),
+    (4, 3, 1),  # then it is not full any more
+    (4, 15.9, 1),
+    (3, 3, 2),
+]
+
+
+@each("limit, now, dropped", WAITS)
+def test_clients_are_dropped_that_wait_too_long(pairs, limit, now, dropped):
+    """The limit is 16 s, or 1 s while there are as many connections as allowed."""
+    connections = make_connections(pairs, limit)
+    connections.clock.now = now
+    for number in range(1, 5):
+        connections.drop_slowest()
+        assert len(connections.waiting_since) == 4 - min(number, dropped)
+    for side, client in pairs[:dropped]:
+        assert client.recv(1) == b""
+        with pytest.raises(OSError):
+            connections.set_busy(side)
+    assert list(connections.waiting_since) == [side for side, _ in pairs[dropped:]]
+
+
+def test_a_busy_connection_is_not_dropped(pairs):
+    """When it is busy no longer, its time begins anew. Removing it makes room."""
+    connections = make_connections(pairs, limit=4)
+    first = pairs[0][0]
+    connections.set_busy(first)
+    connections.clock.now = 1000
+    for _ in range(4):
+        connections.drop_slowest()
+    assert list(connections.waiting_since) == [first]
+    connections.set_waiting(first)
+    connections.drop_slowest()
+    assert list(connections.waiting_since) == [first]
+    connections.limit = 1
+    for full in True, False, False:
+        assert connections.is_full() == full
+        connections.remove(first)
+
+
+def test_the_stop_ends_reading_at_once_and_writing_at_the_deadline(pairs):
+    """A client that has reset its connection does not prevent this."""
+    connections = make_connections(pairs, limit=4)
+    pairs[0][0].close()
+    for side, client in pairs[1:]:
+        client.sendall(b"request")
+    stop = threading.Thread(target=connections.stop, args=[0.05])
+    stop.start()
+    for side, client in pairs[1:]:
+        assert (side.recv(99), side.recv(99)) == (b"request", b"")
+        assert client.recv(1) == b""
+    stop.join(20)
+
+
+def test_the_limit_of_connections_leaves_descriptors_for_the_log():
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for files, limit in (1000, 512), (300, 276), (30, 8):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+            assert eventbook.Connections().limit == limit
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def make_a_long_list(server):
@@ -1304,11 +1345,28 @@ def reset(connection):
     connection.close()
 
 
-STATES = [b"", CREATE[:20], CREATE[:-9], LIST, LIST * 30, b"\0\n", b"\0\n" * 50_000]
+def is_disconnected(connection):
+    """Tell whether the other side has closed a connection, by sending an empty line."""
+    try:
+        connection.sendall(b"\r\n")
+    except OSError:
+        return True
 
 
-@with_server(connection_limit=3, idle_timeout=60)
-@each("data", STATES, ids=short)
+STATES = {
+    "new": b"",
+    "in the request line": CREATE[:20],
+    "in the body": CREATE[:-1],
+    "answered": GET,
+    "answered with an error": raw("GET", "/x"),
+    "reads nothing": LIST * 30,
+    "rejected": b"\0\n",
+    "rejected and still sending": b"\0\n" * 50_000,
+}
+
+
+@with_limits(limit=3, max_wait_if_full=60)
+@each("data", STATES.values(), ids=STATES)
 def test_a_client_that_disconnects_leaves_its_place(server, data):
     """Ten clients come and go, and there is room for three."""
     make_a_long_list(server)
@@ -1321,60 +1379,48 @@ def test_a_client_that_disconnects_leaves_its_place(server, data):
         assert statuses([exchange(first, GET), exchange(second, GET)]) == [200, 200]
 
 
-@with_server(client_timeout=0.2)
-def test_a_client_that_reads_nothing_is_dropped(server):
+@each("data", STATES.values(), ids=STATES)
+def test_a_client_is_dropped_in_any_state(server, data):
     make_a_long_list(server)
-    with client_that_does_not_read(server) as connection:
-        assert server.list().status == 200
-        eventually(lambda: is_disconnected(connection))
-
-
-def is_disconnected(connection):
-    """Tell whether the other side has closed a connection, by sending an empty line."""
-    try:
-        connection.sendall(b"\r\n")
-    except OSError:
-        return True
-
-
-@with_server(client_timeout=0.2)
-@each("data", [CREATE, b"\0\n"], ids=["request", "rejected"])
-def test_a_client_that_sends_slowly_is_dropped(server, data):
-    """The timeout is for the whole request, not for each byte of it."""
-    deadline = time.monotonic() + 3
-    with server.connect() as connection, pytest.raises(OSError):
-        connection.settimeout(0.01)
-        for byte in itertools.cycle(data):
-            assert time.monotonic() < deadline
-            connection.sendall(bytes([byte]))
-            with contextlib.suppress(socket.timeout):
-                connection.recv(99_999)
-    assert server.list().body == [{"id": 1, **EVENT}]
-
-
-@with_server(client_timeout=0.15)
-@each("data, expected", [(b"", []), (CREATE[:-1], []), (GET, [200])])
-def test_an_idle_client_is_dropped_after_the_timeout(server, data, expected):
-    begin = time.monotonic()
     with server.connect() as connection:
         connection.sendall(data)
-        assert statuses(read_to_end(connection)) == expected
-        assert 0.1 < time.monotonic() - begin < 5
+        server.settle()
+        server.connections.max_wait = 0
+        eventually(lambda: not server.connections.waiting_since)
+        eventually(lambda: is_disconnected(connection))
+    server.connections.max_wait = 16
+    assert len(server.list().body) == 301
 
 
-def test_a_slow_operation_does_not_count_as_idle():
-    store, never_set = eventbook.Store(), threading.Event()
-    store.on("event.updated", lambda *_: never_set.wait(0.4))
-    limits = {"client_timeout": 0.2, "connection_limit": 1, "idle_timeout": 0.1}
-    with serving(store, **limits) as server, ThreadPoolExecutor(1) as pool:
-        with server.connect() as connection:
-            connection.sendall(raw("PUT", "/api/events/1", user=1))
-            newcomer = pool.submit(server.settle)
-            assert statuses(read_to_end(connection)) == [200]
-        newcomer.result()
+class Dropping(eventbook.Connections):
+    """Drops each client before or after its connection is set busy."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before = before
+
+    def set_busy(self, connection):
+        if self.before:
+            self.max_wait = 0
+            self.drop_slowest()
+        super().set_busy(connection)
+        self.max_wait = 0
+        self.drop_slowest()
+        self.max_wait = 16
 
 
-@with_server(connection_limit=8, idle_timeout=60)
+def test_a_client_that_is_dropped_at_the_last_moment_has_booked_nothing(tmp_path):
+    """A moment later it is not dropped any more."""
+    store = eventbook.open_store(str(tmp_path / "log"), eventbook.Printer(None))
+    with serving(store, tmp_path / "log") as server:
+        server.server.connections = Dropping(before=True)
+        assert server.talk(BOOK) == server.logged() == []
+        server.server.connections = Dropping(before=False)
+        assert statuses(server.talk(BOOK)) == [201]
+        assert len(server.logged()) == 1
+
+
+@with_limits(limit=8, max_wait_if_full=60)
 def test_every_client_of_a_crowd_is_served(server):
     """Of 24 clients each books ten tickets, on a new connection if it was closed."""
     server.update(availableTickets=1000)
@@ -1384,7 +1430,7 @@ def test_every_client_of_a_crowd_is_served(server):
         for _ in range(10):
             reply = exchange(connection, BOOK)
             booked.append(reply.body["booking"])
-            if reply.headers.get("connection") == "close":
+            if reply.headers["connection"] == "close":
                 connection.close()
                 connection = server.connect()
         connection.close()
@@ -1396,46 +1442,16 @@ def test_every_client_of_a_crowd_is_served(server):
     assert sorted(booked, key=str) == sorted(logged, key=str)
 
 
-@with_server(connection_limit=8, idle_timeout=0.05)
-def test_a_client_that_was_dropped_has_booked_nothing(server):
-    """Each client is idle for about as long as a full server allows."""
-    server.update(availableTickets=10_000)
-    deadline = time.monotonic() + 1
-
-    def client(number):
-        chance, booked = random.Random(number), 0
-        while time.monotonic() < deadline:
-            errors = OSError, http.client.HTTPException
-            with contextlib.suppress(*errors), server.connect() as connection:
-                time.sleep(chance.uniform(0.048, 0.058))
-                booked += exchange(connection, BOOK).status == 201
-        return booked
-
-    assert sum(together(16, client)) == len(server.logged()) > 0
-
-
-@with_server(connection_limit=3, idle_timeout=0.1)
-def test_the_client_that_is_idle_longest_makes_room(server):
-    """The first client made the latest request, so the second client is dropped."""
-    with server.connect() as first, server.connect() as second:
-        for connection in first, second, first:
-            assert exchange(connection, GET).status == 200
-        with server.connect() as third, server.connect() as fourth:
-            assert exchange(fourth, GET).status == 200
-            assert second.recv(1) == b""
-            assert statuses([exchange(first, GET), exchange(third, GET)]) == [200, 200]
-
-
-@with_server(connection_limit=2, idle_timeout=0.1)
+@with_limits(limit=2, max_wait_if_full=0.05)
 def test_slow_clients_do_not_keep_others_out(server):
     with contextlib.ExitStack() as stack:
-        for _ in range(8):
+        for _ in range(4):
             stack.enter_context(server.connect()).sendall(CREATE[:20])
         for _ in range(3):
             server.settle()
 
 
-@with_server(connection_limit=1, idle_timeout=9)
+@with_limits(limit=1, max_wait_if_full=60)
 def test_a_full_server_closes_after_each_response(server):
     with server.connect() as connection:
         connection.sendall(GET)
@@ -1444,19 +1460,74 @@ def test_a_full_server_closes_after_each_response(server):
     assert server.list().status == 200
 
 
+@with_limits(limit=1, max_wait_if_full=60)
+def test_a_full_server_uses_no_processor_time(server):
+    """A client waits for 0.2 s while another one has the only place."""
+    with server.connect(), server.connect() as waiting:
+        waiting.settimeout(0.2)
+        begin = time.process_time()
+        with pytest.raises(OSError):
+            exchange(waiting, GET)
+        assert time.process_time() - begin < 0.1
+
+
+class Unreliable:
+    """A listening socket whose first ten accept() calls fail."""
+
+    def __init__(self, socket):
+        self.socket, self.failures = socket, 10
+
+    def __getattr__(self, name):
+        return getattr(self.socket, name)
+
+    def accept(self):
+        self.failures -= 1
+        if self.failures >= 0:
+            raise ConnectionAbortedError("aborted")
+        return self.socket.accept()
+
+
+@with_limits(max_wait_if_full=0)
+def test_an_error_of_accept_closes_nobody(server):
+    with server.connect() as first, server.connect() as second:
+        assert statuses([exchange(first, GET), exchange(second, GET)]) == [200, 200]
+        server.server.socket = Unreliable(server.server.socket)
+        assert server.list().status == 200
+        assert server.server.socket.failures < 0
+        assert statuses([exchange(first, GET), exchange(second, GET)]) == [200, 200]
+
+
+def test_pipelined_responses_are_not_delayed(server):
+    """Nagle's algorithm would delay the second one by 40 ms."""
+    with server.connect() as connection:
+        assert exchange(connection, GET).status == 200
+        (side,) = server.connections.waiting_since
+        assert side.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_threads_are_reused():
+    store, threads = eventbook.Store(), set()
+    store.on("event.updated", lambda *_: threads.add(threading.current_thread()))
+    with serving(store) as server:
+        assert statuses(server.update() for _ in range(30)) == [200] * 30
+    assert 1 <= len(threads) < 10
+
+
 @linux
-def test_without_more_threads_only_newcomers_are_disconnected(server):
+def test_a_connection_without_a_thread_waits_for_one(server):
     """No thread can start with a stack that is larger than the address space."""
     with server.connect() as client:
         assert exchange(client, GET).status == 200
         threading.stack_size(2**50)
-        try:  # One thread may be free, so that it serves the first newcomer.
-            with server.connect(), server.connect() as newcomer:
-                assert newcomer.recv(1) == b""
-            assert exchange(client, GET).status == 200
+        try:
+            with server.connect() as newcomer:
+                newcomer.sendall(BOOK)
+                server_thread_is_free = exchange(client, GET.replace(b"1.1", b"1.0"))
+                assert server_thread_is_free.status == 200
+                client.close()
+                assert receive(newcomer).status == 201
         finally:
             threading.stack_size(0)
-    assert server.book().status == 201
 
 
 @each("data", [raw("GET", "/", "X : 1"), raw("BREW", "/"), b"\n"], ids=short)
@@ -1464,6 +1535,23 @@ def test_an_error_can_be_read_by_a_client_that_still_sends(server, data):
     """Closing with unread input would reset the connection and lose the error."""
     (reply,) = server.talk(data, *[b"x" * 99_999] * 9)
     assert reply.status in (400, 501)
+
+
+class Vanishing(eventbook.Handler):
+    """Serves a client whose network vanishes: reading raises a TimeoutError."""
+
+    def setup(self):
+        super().setup()
+        self.connection.settimeout(0.001)
+
+
+@each("data", [b"", CREATE[:20], CREATE[:-1]], ids=["new", "line", "body"])
+def test_a_client_whose_network_vanishes_causes_no_line_on_stderr(server, data):
+    """The fixture `quiet` checks this."""
+    server.server.RequestHandlerClass = Vanishing
+    with server.connect() as connection:
+        connection.sendall(data)
+        eventually(lambda: is_disconnected(connection))
 
 
 # ---- Log and console ---------------------------------------------------------
@@ -1483,7 +1571,7 @@ def test_a_log_line_is_exactly_as_assigned(server):
 def test_a_restart_appends_whole_lines_to_the_log(tmp_path, content):
     """An incomplete line, left by a crash, is terminated first. Ids restart at 1."""
     (tmp_path / "log").write_bytes(content)
-    for _ in "12":
+    for _ in range(2):
         with serving_all(tmp_path) as server:
             assert server.book().body["booking"]["id"] == 1
     *kept, first, second, rest = server.log.read_bytes().split(b"\n")
@@ -1491,54 +1579,54 @@ def test_a_restart_appends_whole_lines_to_the_log(tmp_path, content):
     assert json.loads(first)["data"] == json.loads(second)["data"]
 
 
-CHANGES_OF_THE_LOG = {  # and how many lines come before those of two more bookings
-    "renamed": (lambda log: log.rename(f"{log}.1"), 0),
-    "removed": (os.remove, 0),
-    "truncated": (lambda log: os.truncate(log, 0), 0),
-    "truncated within a line": (
-        lambda log: os.truncate(log, log.stat().st_size - 5),
-        1,
-    ),
-    "appended to": (lambda log: log.write_bytes(log.read_bytes() + b"x"), 2),
+CHANGES_OF_THE_LOG = {
+    "renamed": lambda log: log.rename(f"{log}.1"),
+    "removed": os.remove,
+    "truncated": lambda log: os.truncate(log, 0),
 }
 
 
-@each("change, lines", CHANGES_OF_THE_LOG.values(), ids=CHANGES_OF_THE_LOG)
-def test_logging_survives_changes_of_the_file(server, change, lines):
+@each("change", CHANGES_OF_THE_LOG.values(), ids=CHANGES_OF_THE_LOG)
+def test_the_next_line_is_the_first_of_a_new_or_truncated_log(server, change):
     server.book()
     change(server.log)
     assert statuses([server.book(), server.book()]) == [201, 201]
-    *left, second, third, rest = server.log.read_bytes().split(b"\n")
-    assert [json.loads(line)["data"]["id"] for line in (second, third)] == [2, 3]
-    assert (len(left), rest) == (lines, b"")
+    assert [booking["id"] for _, booking in server.logged()] == [2, 3]
 
 
-def test_without_the_log_nothing_is_booked_and_stderr_says_why(server):
+def test_a_log_that_is_truncated_all_the_time_costs_no_booking(server):
+    server.update(availableTickets=10_000)
+    ended = threading.Event()
+
+    def client(number):
+        if number == 0:
+            while not ended.is_set():
+                os.truncate(server.log, 0)
+        else:
+            server.repeat(BOOK, 400)
+            ended.set()
+
+    server.book()
+    together(5, client)
+    content = server.log.read_bytes()
+    assert b"\n\n" not in content and not content.startswith(b"\n")
+    assert server.book().body["booking"]["id"] == 1602
+
+
+def test_without_the_log_nothing_changes_and_stderr_says_why(server, capsys):
     """Each outage is reported once. The failed booking does not use up its key."""
-    for number in 1, 2:
+    server.book()
+    for key in "2", "3":
         os.remove(server.log)
         os.mkdir(server.log)
-        for _ in "123":
-            reply = server.book(key=f"{number}")
+        for reply in server.book(key=key), server.cancel(), server.book(key=key):
             assert reply[:2] == (503, {"error": "The log cannot be written"})
             assert int(reply.headers["retry-after"]) > 0
-        assert len(server.bookings_of_event().body) == number - 1
         os.rmdir(server.log)
-        assert server.book(key=f"{number}").status == 201
-    assert len(server.printed()) == 2
-    problems = server.problems()
-    assert len(problems) == 2
-    for line in problems:
-        assert re.fullmatch("eventbook: cannot write the log: .*log.*", line)
-
-
-def test_without_the_log_nothing_is_cancelled(server):
-    server.book()
-    os.remove(server.log)
-    os.mkdir(server.log)
-    assert server.cancel().status == 503
-    os.rmdir(server.log)
-    assert server.cancel().status == 200
+        assert server.book(key=key).body["booking"]["id"] == int(key)
+        problem = r"eventbook: cannot write the log: .*log.*\n"
+        assert re.fullmatch(problem, capsys.readouterr().err)
+    assert len(server.bookings_of_event().body) == len(server.printed()) == 3
 
 
 FAILING = [
@@ -1551,17 +1639,29 @@ FAILING = [
 @each("name, change", FAILING)
 def test_an_observer_that_raises_prevents_the_change(capsys, name, change):
     """The client gets a 500, stderr the traceback; later observers are not called."""
-    failing, called, store = [True], [], eventbook.Store()
+    called, store = [], eventbook.Store()
     with serving(store) as server:
         server.book()
-        store.on(name, lambda *_: failing and 1 / 0)
+        store.on(name, lambda *_: 1 / 0)
         store.on(name, lambda *_: called.append(name))
         before = server.read()[:2], server.bookings_of_event().body
         assert change(server)[:2] == (500, {"error": "Internal server error"})
         assert (server.read()[:2], server.bookings_of_event().body) == before
         assert (called, capsys.readouterr().err.count("ZeroDivisionError")) == ([], 1)
-        failing.clear()
+        del store.observers[name][0]
         assert (change(server).status < 300, called) == (True, [name])
+
+
+def test_an_observer_can_remove_itself_while_it_is_called():
+    store, called = eventbook.Store(), []
+
+    def once(*_):
+        store.observers["x"].remove(once)
+
+    store.on("x", once, lambda *_: called.append("x"))
+    store.emit("x", None)
+    store.emit("x", None)
+    assert called == ["x", "x"]
 
 
 def test_a_bug_is_reported_although_its_client_has_disconnected(capsys):
@@ -1571,39 +1671,72 @@ def test_a_bug_is_reported_although_its_client_has_disconnected(capsys):
     store.on("event.updated", lambda *_: disconnected.wait(20) and 1 / 0)
     with serving(store) as server:
         connection = server.connect()
-        connection.sendall(raw("PUT", "/api/events/1", user=1))
-        started.wait(20)
+        connection.sendall(UPDATE)
+        assert started.wait(20)
         reset(connection)
         disconnected.set()
-        (reply,) = server.talk(raw("PUT", "/api/events/1", user=1) + GET)
-        assert (reply.status, reply.headers["connection"]) == (500, "close")
+        assert statuses(server.talk(UPDATE + GET)) == [500, 200]
     assert capsys.readouterr().err.count("ZeroDivisionError") == 2
 
 
-def test_a_bug_is_a_500_although_stderr_is_closed(tmp_path):
+def test_a_bug_in_a_response_is_a_500_and_keeps_no_connection(server, capsys):
+    """The cached list cannot be sent. Its client stays, until it is dropped."""
+    server.server.store.list_cache = "", eventbook.Response(200, "no bytes", {})
+    with server.connect() as connection:
+        assert exchange(connection, LIST).status == 500
+        server.connections.max_wait = 0
+        eventually(lambda: is_disconnected(connection))
+    assert "TypeError" in capsys.readouterr().err
+
+
+@each("closed", [True, False])
+def test_a_bug_is_a_500_although_stderr_is_closed_or_missing(tmp_path, capsys, closed):
     store = eventbook.Store()
     store.on("event.updated", lambda *_: 1 / 0)
     with open(tmp_path / "stderr", "w", encoding="utf-8") as stderr:
         stderr.close()
-        with serving(store) as server, contextlib.redirect_stderr(stderr):
+        stream = stderr if closed else None
+        with contextlib.redirect_stderr(stream), serving(store) as server:
             assert server.update().status == 500
+    assert capsys.readouterr().out == ""
 
 
-@each("console", ["none", "closed", "without emoji"])
-def test_the_console_never_affects_a_request(tmp_path, console):
-    with open(tmp_path / "stdout", "w", encoding="ascii") as stream:
-        printer = eventbook.Printer(None if console == "none" else stream)
-        if console == "closed":
-            stream.close()
-        printer.start()
-        store = eventbook.open_store(str(tmp_path / "log"), printer, printer)
-        with serving(store) as server:
-            assert server.book().status == 201
-        printer.close(5)
-        assert not printer.is_alive()
-    printed = "? Booking confirmation email sent for booking 1\n"
-    printed = printed if console == "without emoji" else ""
-    assert (tmp_path / "stdout").read_text("ascii") == printed
+class Console(io.StringIO):
+    """A stream without a descriptor, as in IDLE, whose first write() fails."""
+
+    failures = 1
+
+    def write(self, text):
+        self.failures -= 1
+        if self.failures >= 0:
+            raise BrokenPipeError
+        return super().write(text)
+
+
+def test_a_printer_goes_on_whatever_the_console_does(tmp_path):
+    """It is missing, closed, or without emoji, or its first write() fails."""
+    console = Console()
+    with open(tmp_path / "ascii", "w+", encoding="ascii") as ascii_only:
+        with open(tmp_path / "closed", "w", encoding="utf-8") as closed:
+            closed.close()
+        for stream in None, closed, ascii_only, console:
+            printer = eventbook.Printer(stream)
+            printer.start()
+            for line in "first", "📧", "last":
+                printer.say(line)
+            printer.close(10)
+            assert not printer.is_alive()
+        ascii_only.seek(0)
+        assert ascii_only.read() == "first\n?\nlast\n"
+    assert console.getvalue() == "📧\nlast\n"
+
+
+def test_at_most_100_000_lines_wait_for_a_console_that_nobody_reads():
+    printer = eventbook.Printer(io.StringIO())
+    for number in range(100_001):
+        printer.say(number)
+    assert printer.lines.qsize() == 100_000
+    assert printer.lines.get() == 0
 
 
 # ---- Stopping ----------------------------------------------------------------
@@ -1617,12 +1750,12 @@ def launch(tmp_path):
     """launch(*options) starts the program; at the end it is killed if it still runs."""
     with contextlib.ExitStack() as stack:
 
-        def start(*options, program=PROGRAM, shell=(), flags=()):
+        def start(*options, program=PROGRAM, shell=(), flags=(), **environment):
             """Return a Client, whose `process` is the program."""
             command = [*shell, sys.executable, *flags, program, "-p", "0", *options]
             pipes = dict.fromkeys(["stdout", "stderr"], subprocess.PIPE)
-            pipes["encoding"] = "utf-8"
-            process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **pipes)
+            pipes.update(encoding="utf-8", env={**ENVIRONMENT, **environment})
+            process = subprocess.Popen(command, cwd=tmp_path, **pipes)
             stack.enter_context(process)
             stack.callback(process.kill)
             timer = threading.Timer(30, process.kill)  # in case that it hangs
@@ -1641,6 +1774,11 @@ def program(launch):
     return launch("--log", "log")
 
 
+def ulimit(option, value):
+    """Return a command that sets a limit, and runs the command after it."""
+    return "sh", "-c", f'ulimit {option} {value}; exec "$@"', "sh"
+
+
 def outcome(process, timeout=20):
     """Wait for the end of a process; return (exit status, stdout, stderr)."""
     stdout, stderr = process.communicate(timeout=timeout)
@@ -1650,7 +1788,7 @@ def outcome(process, timeout=20):
 def test_requests_that_have_arrived_are_answered_at_the_stop():
     """Pipelined requests are answered too; idle clients are disconnected at once."""
     with contextlib.ExitStack() as stack:
-        with serving(eventbook.Store(), shutdown_timeout=30) as server:
+        with serving(eventbook.Store(), max_stop=30) as server:
             clients = [stack.enter_context(server.connect()) for _ in range(16)]
             assert all(exchange(client, GET).status == 200 for client in clients)
             for client in clients[1:]:
@@ -1665,38 +1803,46 @@ def test_requests_that_have_arrived_are_answered_at_the_stop():
 def test_no_client_can_delay_the_stop(tmp_path):
     """Some send nothing, some half a request, and some do not read."""
     with contextlib.ExitStack() as stack:
-        with serving_all(tmp_path, shutdown_timeout=0.2) as server:
+        with serving_all(tmp_path, max_stop=0.2) as server:
             make_a_long_list(server)
             for data in [b"", CREATE[:-2], LIST * 30] * 3:
                 stack.enter_context(server.connect()).sendall(data)
             server.settle()
             begin = time.monotonic()
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 5
+
+
+SIGNALS = [  # two signals, and how the program ends
+    ("SIGTERM", "SIGTERM", 0),
+    ("SIGINT", "SIGTERM", 0),
+    ("SIGINT", "SIGINT", -2),
+    ("SIGTERM", "SIGINT", -2),
+]
 
 
 @posix
-@each(
-    "name, flags",
-    [("SIGTERM", ["-X", "dev", "-W", "error"]), ("SIGINT", []), ("SIGHUP", [])],
-)
-def test_a_signal_stops_the_program(launch, name, flags):
+@each("first, second, status", SIGNALS)
+def test_a_signal_stops_the_program_and_a_second_ctrl_c_ends_it(
+    launch, first, second, status
+):
     """It accepts no more clients, sends what they wait for, prints what is queued, and
     leaves nothing open that Python would warn of."""
-    if name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        pytest.skip("SIGHUP is ignored here, as under nohup")
-    program = launch("--log", "log", flags=flags)
+    program = launch("--log", "log", flags=["-X", "dev", "-W", "error"])
     program.create()
     make_a_long_list(program)
     late_reader = client_that_does_not_read(program, LIST * 30 + BOOK)
     with program.connect() as idle, late_reader as late:
         program.settle()
-        program.process.send_signal(getattr(signal, name))
+        program.process.send_signal(getattr(signal, first))
         assert read_to_end(idle) == []
         with pytest.raises(OSError):
             program.connect()
-        assert statuses(read_to_end(late)) == [200] * 30 + [201]
+        program.process.send_signal(getattr(signal, second))
+        if status == 0:
+            assert statuses(read_to_end(late)) == [200] * 30 + [201]
+        ended = outcome(program.process)
     printed = "📧 Booking confirmation email sent for booking 1\n"
-    assert outcome(program.process) == (0, printed, "")
+    assert ended == (status, printed if status == 0 else "", "")
 
 
 @posix
@@ -1714,30 +1860,7 @@ def test_the_stop_waits_for_a_reader_of_the_output_but_not_long(program, reader)
         time.sleep(0.007)
     assert (program.process.returncode, program.process.stderr.read()) == (0, "")
     assert printed.count("📧") == (2500 if reader else 0)
-    assert accepted < 1 and time.monotonic() - begin < 4
-
-
-@posix
-def test_sighup_stays_ignored_under_nohup(launch):
-    nohup = ("sh", "-c", 'trap "" HUP; exec "$@"', "sh")
-    program = launch("--log", "log", shell=nohup)
-    program.process.send_signal(signal.SIGHUP)
-    for _ in range(100):  # longer than a stop takes
-        program.settle()
-    program.process.terminate()
-    program.process.terminate()  # A second SIGTERM changes nothing.
-    assert outcome(program.process) == (0, "", "")
-
-
-@posix
-def test_a_second_ctrl_c_ends_the_program_at_once(program):
-    make_a_long_list(program)
-    with client_that_does_not_read(program), program.connect() as idle:
-        program.settle()
-        program.process.send_signal(signal.SIGINT)
-        assert read_to_end(idle) == []
-        program.process.send_signal(signal.SIGINT)
-        assert program.process.wait(20) == -signal.SIGINT
+    assert accepted < 1 and time.monotonic() - begin < 5
 
 
 @posix
@@ -1767,26 +1890,25 @@ def test_a_full_disk_leaves_whole_lines_in_the_log(program):
     import resource
 
     program.create()
-    assert [program.book().status for _ in "12"] == [201, 201]
+    assert statuses([program.book(), program.book()]) == [201, 201]
     content, unlimited = program.log.read_bytes(), resource.RLIM_INFINITY
-    for limit, status in (len(content) + 40, 503), (unlimited, 201):
+    for limit, expected in (len(content) + 40, [503, 503]), (unlimited, [201, 200]):
         limits = resource.RLIMIT_FSIZE, (limit, unlimited)
         resource.prlimit(program.process.pid, *limits)
-        assert program.book().status == status
-        assert program.cancel().status == (503 if status == 503 else 200)
+        assert statuses([program.book(), program.cancel()]) == expected
         assert program.log.read_bytes().startswith(content)
-        assert (program.log.read_bytes() == content) == (status == 503)
+        assert (program.log.read_bytes() == content) == (expected == [503, 503])
     assert [booking["id"] for _, booking in program.logged()] == [1, 2, 3, 1]
 
 
 @posix
-def test_small_stacks_are_enough_for_nested_json(launch):
-    """Python 3.13 would crash on a thread with 1 MiB, which is the default here."""
-    program = launch(
-        "--log", "log", shell=("sh", "-c", 'ulimit -s 1024; exec "$@"', "sh")
-    )
-    for body in b"[" * 7000, b"[" * 65_536:
-        assert program.call("PUT", "/api/events/1", 1, body).status == 400
+def test_a_small_stack_is_enough_for_nested_json(launch):
+    program = launch("--log", "log", shell=ulimit("-s", 128))
+    program.create()
+    for opening, closing in (b"[", b"]"), (b'{"":', b"}"), (b'[{"":', b"}]"):
+        for number in 490, 9000:
+            body = opening * number + b"1" + closing * number
+            assert program.call("PUT", "/api/events/1", 1, body).status == 400
     program.process.terminate()
     assert outcome(program.process) == (0, "", "")
 
@@ -1794,17 +1916,37 @@ def test_small_stacks_are_enough_for_nested_json(launch):
 @posix
 def test_few_file_descriptors_are_enough(launch):
     """Idle clients take all but a reserve, so that bookings can still be logged."""
-    program = launch(
-        "--log", "log", shell=("sh", "-c", 'ulimit -n 56; exec "$@"', "sh")
-    )
+    program = launch("--log", "log", shell=ulimit("-n", 56))
     program.create(availableTickets=500)
     with contextlib.ExitStack() as stack:
-        client, *_ = [stack.enter_context(program.connect()) for _ in range(60)]
-        client.sendall(BOOK * 400)
-        client.shutdown(socket.SHUT_WR)
-        assert set(statuses(read_to_end(client))) == {201}
+        for _ in range(60):
+            stack.enter_context(program.connect())
+        for _ in range(20):
+            assert program.book().status == 201
     program.process.terminate()
     assert outcome(program.process)[::2] == (0, "")
+
+
+FAILING_SERVER = """
+import eventbook, sys
+class Failing(eventbook.Server):
+    def get_request(self):
+        if self.connections.waiting_since:
+            raise MemoryError
+        return super().get_request()
+eventbook.Server = Failing
+eventbook.main(sys.argv[2:])
+"""
+
+
+def test_a_failure_of_the_accepting_thread_ends_the_program(launch):
+    """The first client is idle when the second one connects."""
+    flags = ["-c", FAILING_SERVER]
+    program = launch("--log", "log", flags=flags, PYTHONPATH=HERE)
+    with program.connect() as idle, program.connect():
+        assert read_to_end(idle) == []
+        status, _, stderr = outcome(program.process)
+    assert (status, stderr.splitlines()[-1]) == (1, "MemoryError")
 
 
 # ---- Command line ------------------------------------------------------------
@@ -1820,9 +1962,8 @@ PORTS = [  # arguments, PORT, the port
 
 @each("arguments, variable, port", PORTS)
 def test_the_port_option_overrides_the_variable(monkeypatch, arguments, variable, port):
-    if variable is None:
-        monkeypatch.delenv("PORT", raising=False)
-    else:
+    monkeypatch.delenv("PORT", raising=False)
+    if variable is not None:
         monkeypatch.setenv("PORT", variable)
     assert eventbook.parse_options(arguments).port == port
 
@@ -1831,7 +1972,7 @@ def test_port_is_used_and_free_again_at_once(launch):
     """The server closes first, so that the connection stays in TIME_WAIT."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    for _ in "12":
+    for _ in range(2):
         program = launch("--log", "log", "--port", str(port))
         assert program.port == port
         program.talk(GET.replace(b"1.1", b"1.0"), half_close=False)
@@ -1839,71 +1980,75 @@ def test_port_is_used_and_free_again_at_once(launch):
         assert outcome(program.process) == (0, "", "")
 
 
-HOSTS_SHOWN = [("127.0.0.1", "localhost"), ("", "localhost"), ("::1", "[::1]")]
-
-
-def has_ipv6():
-    address = {"address": ("::1", 0), "family": socket.AF_INET6}
-    with contextlib.suppress(OSError), socket.create_server(**address):
-        return True
-
-
-@each("host, shown", HOSTS_SHOWN)
-def test_the_start_line_has_the_real_url(launch, host, shown):
-    if host == "::1" and not has_ipv6():
-        pytest.skip("IPv6 is not available")
-    program = launch("--host", host, "--log", "log")
-    url = re.fullmatch(r"eventbook is listening on (http://(\S*):\d+)\n", program.line)
-    assert (url[2], opener.open(url[1], timeout=5).status) == (shown, 200)
+def resolves(host):
+    """Tell whether a server can listen on a host here."""
     with contextlib.suppress(OSError):
-        assert not opener.open(f"http://127.0.0.2:{program.port}", timeout=5)
+        family, *_, address = min(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM))
+        with socket.create_server(address, family=family):
+            return True
 
 
-INVALID_OPTIONS = [  # arguments, PORT, the end of the last line on stderr
-    (["--no-such-option"], "", "unrecognized arguments: --no-such-option"),
-    (["-p"], "", "argument -p/--port: expected one argument"),
-    (["-p", "x"], "", "argument -p/--port: invalid int value: 'x'"),
-    ([], "x", "argument -p/--port: invalid int value: 'x'"),
+HOSTS_SHOWN = [  # --host, the host in the URL, the address of the server
+    ("127.0.0.1", "localhost", "127.0.0.1"),
+    ("", "localhost", "127.0.0.1"),
+    ("localhost", "localhost", "127.0.0.1"),
+    ("::1", "[::1]", "::1"),
+    ("ip6-localhost", "ip6-localhost", "::1"),
 ]
 
 
-@each("arguments, variable, error", INVALID_OPTIONS)
-def test_invalid_options_exit_2_with_usage(
-    capsys, monkeypatch, arguments, variable, error
-):
+@each("host, shown, address", HOSTS_SHOWN)
+def test_the_start_line_has_the_real_url(launch, host, shown, address):
+    if not resolves(host or "127.0.0.1"):
+        pytest.skip(f"{host} is not available")
+    program = launch("--host", host, "--log", "log")
+    url = f"http://{shown}:{program.port}"
+    assert program.line == f"eventbook is listening on {url}\n"
+    assert opener.open(url, timeout=5).status == 200
+    socket.create_connection((address, program.port), timeout=5).close()
+
+
+@each("arguments, variable", [(["-p", "x"], ""), ([], "x")])
+def test_an_invalid_port_exits_2_with_usage(capsys, monkeypatch, arguments, variable):
     monkeypatch.setenv("PORT", variable)
     monkeypatch.setenv("PYTHON_COLORS", "0")
     with pytest.raises(SystemExit) as exit:
         eventbook.main(arguments)
-    *usage, line = capsys.readouterr().err.splitlines()
-    assert (exit.value.code, bool(usage)) == (2, True)
-    assert line.endswith(error)
+    usage, *_, line = capsys.readouterr().err.splitlines()
+    assert (exit.value.code, usage[:6]) == (2, "usage:")
+    assert line.endswith("argument -p/--port: invalid int value: 'x'")
 
 
-FAILED_STARTS = [  # arguments, the beginning of the message, and its end
-    (["--log", "."], "eventbook: cannot write . (", "); change --log"),
-    (["--log", "no/log"], "eventbook: cannot write no/log (", "); change --log"),
-    (["-p", "{port}"], "eventbook: cannot listen on 127.0.0.1:{port} (", "--host"),
-    (["-p", "65536"], "eventbook: cannot listen on 127.0.0.1:65536 (", "--host"),
-    (["-p", "-1"], "eventbook: cannot listen on 127.0.0.1:-1 (", "--host"),
-    (["--host", "no.invalid"], "eventbook: cannot listen on no.invalid:", "--host"),
-    (["--host", "a..b"], "eventbook: cannot listen on a..b:", "--host"),
-    (["--host", "é" * 64], "eventbook: cannot listen on éééé", "--host"),
+FAILED_STARTS = [  # arguments, the message
+    (["--log", "."], "cannot write . (…); change --log"),
+    (["--log", "no/log"], "cannot write no/log (…); change --log"),
+    (
+        ["-p", "{port}"],
+        "cannot listen on 127.0.0.1:{port} (…); change --port or --host",
+    ),
+    (["-p", "65536"], "cannot listen on 127.0.0.1:65536 (…); change --port or --host"),
+    (["-p", "-1"], "cannot listen on 127.0.0.1:-1 (…); change --port or --host"),
+    (
+        ["--host", "192.0.2.1"],
+        "cannot listen on 192.0.2.1:0 (…); change --port or --host",
+    ),
+    (["--host", "a..b"], "cannot listen on a..b:0 (…); change --port or --host"),
+    (["--host", "é" * 64], "cannot listen on é…); change --port or --host"),
 ]
 
 
-@each("arguments, begin, end", FAILED_STARTS)
+@each("arguments, message", FAILED_STARTS)
 def test_a_failed_start_says_what_to_change(
-    shared_server, monkeypatch, tmp_path, arguments, begin, end
+    shared_server, monkeypatch, tmp_path, arguments, message
 ):
     """The program exits with status 1 and this one line."""
     monkeypatch.chdir(tmp_path)
     arguments = [text.format(port=shared_server.port) for text in arguments]
     with pytest.raises(SystemExit) as exit:
         eventbook.main(["-p", "0", "--log", "log", *arguments])
-    message = str(exit.value.code)
-    assert message.startswith(begin.format(port=shared_server.port))
-    assert message.endswith(end) and "\n" not in message
+    begin, end = message.format(port=shared_server.port).split("…")
+    assert exit.value.code.startswith(f"eventbook: {begin}")
+    assert exit.value.code.endswith(end) and "\n" not in exit.value.code
 
 
 @posix
@@ -1922,16 +2067,11 @@ def test_help_has_the_options_the_users_and_an_example(capsys, monkeypatch):
         eventbook.main(["--help"])
     text = capsys.readouterr().out
     assert (exit.value.code, text[:7]) == (0, "usage: ")
-    assert "\n\neventbook: an event booking backend over HTTP\n\n" in text
-    port = "port to listen on, 0 for any free port (default: $PORT, or else 3000)"
-    log = os.path.join(HERE, "logs", "events.log.jsonl")
-    options = f" {port} --host HOST default: 127.0.0.1 --log FILE default: {log} --ver"
-    assert options in " ".join(text.split())
-    users = "".join(
-        f"  user-id: {id}  {role}\n" for id, role in eventbook.USERS.items()
-    )
-    example = "  curl -H 'user-id: 2' http://localhost:3000/api/events"
-    assert text.endswith(f"\n\nusers:\n{users}\nexample:\n{example}\n")
+    assert "eventbook: an event booking backend over HTTP\n" in text
+    assert "any free port (default: $PORT, or else 3000)\n" in text
+    assert f"default: {os.path.join(HERE, 'logs', 'events.log.jsonl')}\n" in text
+    assert "  user-id: 1  ORGANIZER\n  user-id: 2  CUSTOMER\n" in text
+    assert text.endswith("\n  curl -H 'user-id: 2' http://localhost:3000/api/events\n")
 
 
 def test_version_prints_the_version(capsys):
@@ -1941,32 +2081,57 @@ def test_version_prints_the_version(capsys):
 
 
 def test_the_default_log_is_beside_the_program(launch, tmp_path):
-    """Here the program is a copy without a logs folder, started from another folder."""
+    """Here the program is a copy without a logs folder, started from another folder,
+    the second time through a symbolic link."""
     (tmp_path / "home").mkdir()
-    copy = shutil.copy(PROGRAM, tmp_path / "home")
-    for lines in 1, 2:
-        program = launch(program=copy)
+    copy, link = shutil.copy(PROGRAM, tmp_path / "home"), tmp_path / "link.py"
+    link.symlink_to(copy)
+    for lines, path in (1, copy), (2, link):
+        program = launch(program=path)
         program.log = tmp_path / "home" / "logs" / "events.log.jsonl"
-        assert [program.create().status, program.book().status] == [201, 201]
+        assert statuses([program.create(), program.book()]) == [201, 201]
         assert len(program.logged()) == lines
+    assert not (tmp_path / "logs").exists()
+
+
+AUDITED = """
+import runpy, sys
+def hook(name, arguments):
+    if name.startswith("socket.gethost"):
+        sys.stderr.write(f"{name} {arguments}")
+sys.addaudithook(hook)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @linux
-def test_the_program_is_pinned_to_one_cpu_by_its_process_id(program):
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():
-        pytest.skip("a free-threaded Python uses all CPUs")
-    cpus = sorted(os.sched_getaffinity(0))
-    pinned = os.sched_getaffinity(program.process.pid)
-    assert pinned == {cpus[program.process.pid % len(cpus)]}
+def test_what_main_connects(launch):
+    """The start asks no name server and chooses a CPU. Times are UTC and GMT in every
+    time zone. stdout has the notifications, and stderr the problems."""
+    audited = {"flags": ["-c", AUDITED], "TZ": "Asia/Tokyo"}
+    program = launch("--log", "log", **audited)
+    if getattr(sys, "_is_gil_enabled", lambda: True)():
+        cpus, id = sorted(os.sched_getaffinity(0)), program.process.pid
+        assert os.sched_getaffinity(id) == {cpus[id % len(cpus)]}
+    program.create()
+    booked = program.book()
+    date = email.utils.parsedate_to_datetime(booked.headers["date"]).timestamp()
+    stamp = json.loads(program.log.read_bytes())["timestamp"]
+    logged = datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%S.%f%z").timestamp()
+    assert booked.headers["date"].endswith(" GMT") and abs(date - logged) < 5
+    assert abs(logged - time.time()) < 60
+    os.remove(program.log)
+    os.mkdir(program.log)
+    assert program.book().status == 503
+    program.process.terminate()
+    status, stdout, stderr = outcome(program.process)
+    assert stdout == "📧 Booking confirmation email sent for booking 1\n"
+    assert (status, stderr.count("\n")) == (0, 1)
+    assert stderr.startswith("eventbook: cannot write the log: ")
 
 
 # ---- README ------------------------------------------------------------------
-
-
-def readme(pattern):
-    """Return all that a pattern matches in the README."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        return re.findall(pattern, file.read(), re.MULTILINE)
 
 
 @posix
@@ -1985,24 +2150,11 @@ def test_the_session_in_the_readme_is_what_happens(program):
     assert outcome(program.process) == (0, console, "")
 
 
-def test_the_routes_in_the_readme_are_those_of_the_code():
-    rows = readme(r"^\| `([A-Z]+) (\S+)` \| (.*) \| (.*) \|$")
-    assert len(rows) == len(eventbook.ROUTES)
-    for (method, path, roles, description), route in zip(rows, eventbook.ROUTES):
-        assert (method, path) == (route.method, route.path)
-        assert roles == (", ".join(route.roles) or "anyone")
-        assert description == route.operation.__doc__
-
-
 def test_the_limits_in_the_readme_are_those_of_the_code():
     limits = {
-        "8 KiB": eventbook.REQUEST_LINE_LIMIT == 8192,
-        "16 KiB": eventbook.HEADERS_LIMIT == 16384,
-        "64 KiB": eventbook.BODY_LIMIT == 65536,
-        "16 s": eventbook.Server.client_timeout == 16,
-        "2 s": eventbook.Server.shutdown_timeout == 2,
-        "at least a second": eventbook.Server.idle_timeout == 1,
-        "512": eventbook.Server.connection_limit == 512,
+        "2 s": eventbook.Server.max_stop == 2,
+        "1 s": eventbook.Connections.max_wait_if_full == 1,
+        "16 s": eventbook.Connections.max_wait == 16,
     }
     for text, is_true in limits.items():
         assert is_true and readme(rf"\b{text}\b"), text
