@@ -6,15 +6,15 @@
 Organizers create and update events, customers list them, book tickets and cancel. The
 state is in memory: each run starts without events and with id 1. Bookings and
 cancellations are appended to a log, which is not read again. The second half of the
-file is about HTTP, because http.server alone accepts malformed requests, and waits for
+file is about HTTP, because http.server alone accepts malformed requests and waits for
 slow clients without a limit.
 
     event      Event(1, "Tech Conference 2026", "2026-02-15", 3)
     booking    Booking(1, 1, 2): booking 1 is one ticket of event 1 for customer 2
     request    Request("POST", "/api/events/1/book", "", {"user-id": "2"}, b"", 1, 2)
     operation  Store.book(store, request): what a route calls
-    response   Response(200, b'{"id":1}\\n', {"ETag": '"5f0c"'}): status, body, headers
-    error      HTTPError(404, "Event not found"): an exception that holds a response
+    response   Response(404, b'{"error":"Not found"}', {}): status, body, headers
+    error      HTTPError(404, "Not found"): an exception that holds a response
 
 The path of a request: Server accepts a connection and gives it a thread; Handler parses
 the request and reads the body; dispatch() finds the route and checks the role;
@@ -22,10 +22,9 @@ Store.perform() calls the operation; Handler sends the response.
 
 1. State changes only inside Store.perform(), which holds the lock. A booking or a
    cancellation is in the log before the state changes.
-2. Down to the routes, nothing knows about connections. The sections about requests,
-   connections and the server do not know what an event or a booking is.
-3. Only the thread of a connection reads, writes and closes it. Another thread can at
-   most shut it down.
+2. Down to the routes, no code knows about connections. Below them, until the command
+   line, no code knows about events, bookings and roles.
+3. Only the thread of a connection reads and writes. Other threads can shut it down.
 """
 
 import argparse
@@ -62,7 +61,7 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 
 
 def encode(data):
-    """Return a line of JSON as bytes; raises ValueError or RecursionError."""
+    """Return a line of JSON as bytes; raises ValueError if that is impossible."""
     return ENCODER.encode(data).encode() + b"\n"
 
 
@@ -80,11 +79,11 @@ def require(condition, status, error, headers=None, **members):
         raise HTTPError(status, error, headers, **members)
 
 
-NUMBER = re.compile("[0-9]{1,600}")  # Python can limit int() to 640 digits.
+NUMBER = re.compile("[0-9]{1,600}")  # int() accepts at least 640 digits.
 
 
 class Request(namedtuple("Request", "method path query headers body id user")):
-    """Header names are lower-case; the id in the path and the user are int or None."""
+    """What an operation gets. Header names are lower-case; id and user can be None."""
 
     def json(self):
         """Return the body as a dict, {} if it is empty; raises HTTPError (400)."""
@@ -122,7 +121,7 @@ class Request(namedtuple("Request", "method path query headers body id user")):
             tags = split_list(self.headers["if-none-match"])
             matches = tags == ["*"] or etag in tags or f"W/{etag}" in tags
             status = 412 if self.method == "PUT" else 304  # RFC 9110, 13.1.2
-            require(not matches, status, "Event has not changed", {"ETag": etag})
+            require(not matches, status, "Event matches If-None-Match", {"ETag": etag})
 
 
 def split_list(value):
@@ -156,7 +155,7 @@ class Record:
 class Event(Record, namedtuple("Event", "id title date availableTickets")):
     @property
     def etag(self):
-        """The entity tag, which is the same for the same content (RFC 9110, 8.8.3)."""
+        """The entity tag: within a run, the same for the same content."""
         return f'"{hash(self) % 2**64:x}"'
 
 
@@ -224,9 +223,9 @@ def validate(values, rules):
 
 
 # ---- Observers ---------------------------------------------------------------
-# Store is an Observable: it calls its observers before a change. An observer prevents
-# the change by raising an exception; later observers are then not called. Log is an
-# observer. The others only call Printer.say(). open_store() registers them all.
+# Store is an Observable: it calls its observers before a change. An observer that
+# raises an exception prevents the change. Log is an observer. The others, in
+# open_store(), print notifications in the background by means of a Printer.
 
 
 class Observable:
@@ -247,9 +246,9 @@ class Observable:
 class Log:
     """A JSON Lines file. Its lines survive kill -9, but not a power failure."""
 
-    def __init__(self, path):
+    def __init__(self, path, report):
         """Create the file, or terminate its last line; raises OSError."""
-        self.path, self.failing = path, False
+        self.path, self.report, self.failing = path, report, False
         with open(path, "a+b") as file:
             file.seek(max(file.tell() - 1, 0))
             if file.read(1) not in (b"", b"\n"):  # A crash left an incomplete line.
@@ -270,16 +269,10 @@ class Log:
             self.failing = False
         except OSError as error:
             if not self.failing:  # A log outage is reported once, not per request.
-                report(f"eventbook: cannot write the log: {error}\n")
+                self.report(f"eventbook: cannot write the log: {error}")
             self.failing = True
             headers = {"Retry-After": "5"}
             raise HTTPError(503, "The log cannot be written", headers) from None
-
-
-def report(text):
-    """Write to stderr, if there is one that works."""
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        sys.stderr.write(text)  # sys.stderr can be None.
 
 
 class Printer(threading.Thread):
@@ -288,7 +281,7 @@ class Printer(threading.Thread):
     def __init__(self, stream):
         super().__init__(daemon=True)
         self.stream, self.lines = stream, queue.SimpleQueue()
-        with contextlib.suppress(AttributeError, ValueError):  # not a file; closed
+        with contextlib.suppress(AttributeError, ValueError):  # no file, or closed
             stream.reconfigure(errors="replace")  # Not every console can show emoji.
 
     def say(self, line):
@@ -298,8 +291,10 @@ class Printer(threading.Thread):
 
     def run(self):
         for line in iter(self.lines.get, None):  # close() queues None.
-            with contextlib.suppress(OSError, ValueError):  # The reader is gone.
-                print(line, file=self.stream, flush=True)
+            # There may be no stream, or nobody who reads it.
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                self.stream.write(f"{line}\n")
+                self.stream.flush()
 
     def close(self, timeout):
         """End the thread once all lines are printed; wait at most `timeout` seconds."""
@@ -316,9 +311,9 @@ class Store(Observable):
 
     def __init__(self):
         super().__init__()
-        # perform() holds the lock from a check to the change that depends on it. It
-        # also holds it while observers run, so that log lines are in order. So an
-        # observer must not call perform().
+        # perform() holds the lock from a check to the change that depends on it, and
+        # while observers run, so that log lines are in order. So an observer must not
+        # call perform().
         self.lock = threading.Lock()
         self.last_booking = 0  # id of the latest booking
         self.events = {}  # event id -> Event
@@ -336,17 +331,18 @@ class Store(Observable):
             return operation(self, request)
 
     def _perform_once(self, operation, request):
-        """Return the first result for an Idempotency-Key; raises HTTPError (400, 422)."""
+        """Return the first result for an Idempotency-Key, or raise HTTPError."""
         key = request.headers["idempotency-key"]
         validate({"Idempotency-Key": key}, KEY_RULES)
         content = hash((request.path, request.body))  # 10,000 bodies would be large.
-        first, result = self.by_key.get((request.user, key), (content, None))
-        require(content == first, 422, "Idempotency-Key was used for another request")
-        if result is None:  # The key is new, or its request failed.
-            result = operation(self, request)
-            self.by_key[request.user, key] = content, result
-            if len(self.by_key) > 10_000:
-                self.by_key.popitem(last=False)
+        if (request.user, key) in self.by_key:
+            first, result = self.by_key[request.user, key]
+            require(content == first, 422, "Idempotency-Key of another request")
+            return result
+        result = operation(self, request)  # After an exception the key can be reused.
+        self.by_key[request.user, key] = content, result
+        if len(self.by_key) > 10_000:
+            self.by_key.popitem(last=False)
         return result
 
     def create(self, request):
@@ -355,7 +351,7 @@ class Store(Observable):
         # Unknown fields are ignored: if one is misspelt, the right one is missing.
         values = {name: body.get(name) for name in CREATE_RULES}
         validate(values, CREATE_RULES)
-        return self._put(Event(len(self.events) + 1, **values))
+        return self._put(Event(len(self.events) + 1, **values))  # None is ever deleted.
 
     def update(self, request):
         """Update an event and notify the customers who have booked it."""
@@ -437,7 +433,7 @@ class Store(Observable):
 
 
 # ---- Routes ------------------------------------------------------------------
-# One table says which role may call which operation.
+# One table says which roles may call which operation.
 
 
 def describe(_store, _request):
@@ -458,7 +454,7 @@ ROUTES = [
     Route("GET", "/api/events/:id/bookings", [ORGANIZER], Store.list_bookings, None),
     Route("GET", "/api/bookings", [CUSTOMER], Store.list_own_bookings, None),
     Route("GET", "/api/bookings/:id", [CUSTOMER], Store.read_booking, None),
-    Route("GET", "/", [], describe, None),
+    Route("GET", "/", [], describe, None),  # needs no user-id
 ]
 
 
@@ -481,7 +477,7 @@ def find_route(method, path):
 
 
 def authorize(route, user_id):
-    """Return the user's id, None if the route needs none; raises HTTPError (401, 403)."""
+    """Return the user id, or None if no user is needed; raises HTTPError (401, 403)."""
     if not route.roles:
         return None
     require(user_id in USERS, 401, "Unauthorized", {"WWW-Authenticate": "user-id"})
@@ -518,18 +514,16 @@ def present(record, route):
 
 REQUEST_LINE_LIMIT = 8 * 1024 + len("\r\n")  # bytes; nginx's default
 HEADERS_LIMIT = 16 * 1024 + len("\r\n")  # bytes with the empty line; Node.js's default
-BODY_LIMIT = 64 * 1024  # bytes; a valid event needs at most 3,000
+BODY_LIMIT = 64 * 1024  # bytes
 
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(f'({TOKEN}) ([!"$-~]+) (HTTP/[1-9][.][0-9])\r\n')
+TARGET = '[!"$-~]+'  # visible ASCII without "#"
+REQUEST_LINE = re.compile(f"({TOKEN}) ({TARGET}) (HTTP/[1-9][.][0-9])\r\n")
 HEADERS = re.compile(f"({TOKEN}:[\t -~\x80-\xff]*\r\n)*\r\n")
-NAME = "([0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"
+REG_NAME = "([0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"
 IPV6 = r"\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]"
-AUTHORITY = rf"({NAME}|{IPV6})(:[0-9]{{0,5}})?"  # such as localhost:3000
+AUTHORITY = rf"({REG_NAME}|{IPV6})(:[0-9]{{0,5}})?"  # such as localhost:3000
 ABSOLUTE_FORM = re.compile(rf"^(?i:https?)://{AUTHORITY}(/|(?=\?|$))")
-
-# What the headers say: a dict, the length of the body in bytes, and two booleans.
-Head = namedtuple("Head", "headers length keep_alive expects_100")
 
 
 @functools.lru_cache  # Request lines repeat, so parsed ones are cached.
@@ -547,7 +541,7 @@ def parse_request_line(line):
 
 
 def read_header_lines(file):
-    """Return the header lines with the empty one, or more than HEADERS_LIMIT bytes."""
+    """Return the lines up to an empty line, the end, or more than HEADERS_LIMIT."""
     line, lines = None, bytearray()
     while line not in (b"\r\n", b"\n", b"") and len(lines) <= HEADERS_LIMIT:
         line = file.readline(HEADERS_LIMIT + 1)
@@ -555,9 +549,9 @@ def read_header_lines(file):
     return bytes(lines)
 
 
-@functools.lru_cache  # The result is cached as well: do not change its dict.
+@functools.lru_cache  # The dict is cached, too: do not change it.
 def parse_headers(lines, version):
-    """Return the Head of a request; raises HTTPError (400, 411, 413, 431)."""
+    """Return (headers, body length, keep alive?, expects 100?); raises HTTPError."""
     require(len(lines) <= HEADERS_LIMIT, 431, "Headers too large")
     text = lines.decode("latin-1")
     require(HEADERS.fullmatch(text), 400, "Malformed or incomplete header line")
@@ -575,7 +569,7 @@ def parse_headers(lines, version):
     options = split_list(headers.get("connection", "").lower())
     keep_alive = is_1_1 and "close" not in options
     expects_100 = is_1_1 and headers.get("expect", "").lower() == "100-continue"
-    return Head(headers, body_length(headers), keep_alive, expects_100)
+    return headers, body_length(headers), keep_alive, expects_100
 
 
 def body_length(headers):
@@ -592,16 +586,16 @@ def body_length(headers):
 
 
 # ---- Connections -------------------------------------------------------------
-# Which connections are open, and which of them the server drops.
+# Which connections are open, and which of them are too slow.
 
 
 class Connections:
     """The open connections, and how long the server has waited for their clients.
 
-    A connection is busy while a request of it is performed. At any other time the
-    server waits for the client, which has to send a complete request, or to read a
-    response. If that takes too long, the server drops the connection: it shuts it down,
-    so that its thread closes it, and performs no further request of it.
+    A connection is busy while a request of it is performed; Handler.respond() says so.
+    At any other time the server waits for the client, which has to send a complete
+    request, or to read a response. If that takes too long, the connection is dropped:
+    it is shut down, so that its thread closes it, and no request of it is performed.
     """
 
     max_wait = 16  # seconds
@@ -609,10 +603,11 @@ class Connections:
 
     def __init__(self, clock=time.monotonic):
         self.clock, self.lock = clock, threading.Lock()
-        self.waiting_since = {}  # connection -> time, or infinity if it is busy
+        self.waiting_since = {}  # connection -> time, or infinity while it is busy
+        self.limit = 512  # connections, as in an nginx worker
         files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
-        # 24 descriptors are reserved: log, console, and connections that are closing.
-        self.limit = max(8, min(512, files - 24)) if files > 0 else 512  # as in nginx
+        if files > 0:  # 24 descriptors are reserved: log, console, closing connections.
+            self.limit = max(8, min(self.limit, files - 24))
 
     def is_full(self):
         return len(self.waiting_since) >= self.limit
@@ -633,24 +628,29 @@ class Connections:
         with self.lock:
             self.waiting_since.pop(connection, None)
 
-    def drop_slowest(self):
-        """Drop the connection that waits longest, if that is too long."""
-        max_wait = self.max_wait_if_full if self.is_full() else self.max_wait
+    def drop_slow(self):
+        """Drop the clients that are too slow, starting with the slowest."""
         with self.lock:
-            slowest = min(self.waiting_since, key=self.waiting_since.get, default=None)
-            if slowest and self.clock() - self.waiting_since[slowest] >= max_wait:
+            while self.waiting_since:
+                slowest = min(self.waiting_since, key=self.waiting_since.get)
+                max_wait = self.max_wait_if_full if self.is_full() else self.max_wait
+                if self.clock() - self.waiting_since[slowest] < max_wait:
+                    break
                 del self.waiting_since[slowest]
                 shut_down(slowest, socket.SHUT_RDWR)
 
     def stop(self, seconds):
-        """Wait until the requests that have arrived are answered, but not longer."""
-        for connection in list(self.waiting_since):
-            shut_down(connection, socket.SHUT_RD)
+        """Wait until what has arrived is answered, then drop the rest."""
+        with self.lock:
+            for connection in self.waiting_since:
+                shut_down(connection, socket.SHUT_RD)
         deadline = time.monotonic() + seconds
         while self.waiting_since and time.monotonic() < deadline:
             time.sleep(0.01)
-        for connection in list(self.waiting_since):
-            shut_down(connection, socket.SHUT_RDWR)
+        with self.lock:
+            for connection in self.waiting_since:
+                shut_down(connection, socket.SHUT_RDWR)
+            self.waiting_since.clear()
 
 
 def shut_down(connection, how):
@@ -659,58 +659,61 @@ def shut_down(connection, how):
 
 
 # ---- Server ------------------------------------------------------------------
-# Handler serves one connection. It reads and writes without a timeout, because Server
-# drops the connections of slow clients.
+# Handler serves one connection. It reads and writes without a timeout, because slow
+# clients are dropped.
 
 http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)  # once a second
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves the requests of one connection. For each of them the base class calls
+    """Serves one connection. For each request, handle_one_request() calls that of the
+    base class, which reads the request line and calls
 
-    handle_one_request()   which reads the request line and calls
-    parse_request()        which reads and checks the rest of the head; and then
-    do_GET(), do_POST()…   which are all respond(); or, for an unknown method,
-    send_error()           which raises HTTPError, as each of these can
+        parse_request()       to parse it, and to read and parse the headers
+        do_GET() or another   to read the body, perform the request, and respond
+        send_error()          instead, if the method is unknown
+
+    handle_one_request() catches the exceptions of all of them.
     """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # Nagle's algorithm delays a pipelined response.
 
     def handle_one_request(self):
-        """Serve one request; exceptions become responses here and nowhere else."""
-        # After an error the connection is closed, unless the request was complete.
+        """Serve one request; turn an HTTPError or a bug into a response."""
+        # Close the connection, unless respond() gets a complete request.
         self.close_connection, self.command = True, None
         try:
             super().handle_one_request()
         except HTTPError as error:
             self.send(error.response)
-        except Exception:  # a bug, or a disconnect, after which send() fails as well
+        except Exception:  # a bug; or a disconnect, so that send() raises OSError again
             self.server.handle_error(self.connection, self.client_address)
             self.send(HTTPError(500, "Internal server error").response)
 
     def parse_request(self):
-        """Parse the request line and the headers; return False if there is none."""
+        """Parse the request line and the headers; return False at the end of input."""
         if self.raw_requestline == b"\r\n":  # An empty line is skipped: RFC 9112, 2.2.
             self.raw_requestline = self.rfile.readline(REQUEST_LINE_LIMIT + 1)
             if not self.raw_requestline:
                 return False
         parsed = parse_request_line(self.raw_requestline)
         self.command, self.path, self.query, self.request_version = parsed
-        self.head = parse_headers(read_header_lines(self.rfile), self.request_version)
+        parsed = parse_headers(read_header_lines(self.rfile), self.request_version)
+        self.headers, self.length, self.keep_alive, self.expects_100 = parsed
         return True
 
     def respond(self):
         """Read the body, perform the request and send the response."""
-        if self.head.expects_100:
+        if self.expects_100:
             self.handle_expect_100()
-        body = self.rfile.read(self.head.length)
-        require(len(body) == self.head.length, 400, "Incomplete body")
+        body = self.rfile.read(self.length)
+        require(len(body) == self.length, 400, "Incomplete body")
+        parts = self.command, self.path, self.query, self.headers, body
         self.server.connections.set_busy(self.connection)
         try:
-            self.close_connection = not self.head.keep_alive
-            request = self.command, self.path, self.query, self.head.headers, body
-            response = dispatch(self.server.store, *request)
+            self.close_connection = not self.keep_alive
+            response = dispatch(self.server.store, *parts)
         finally:
             self.server.connections.set_waiting(self.connection)
         self.send(response)
@@ -727,23 +730,23 @@ class Handler(BaseHTTPRequestHandler):
         status, body, headers = response
         if self.server.connections.is_full():
             self.close_connection = True  # This makes room for another client.
-        headers = {
-            "Date": http_date(int(time.time()), usegmt=True),
-            "Connection": "close" if self.close_connection else "keep-alive",
-            "Content-Type": "application/json; charset=utf-8",
-            "Cache-Control": "no-cache",  # Caches may keep it, but must validate it.
-            "X-Content-Type-Options": "nosniff",
-            **headers,
-        }
-        if not self.close_connection:
-            # One second less than the limit, so that the client stops in time.
-            headers["Keep-Alive"] = f"timeout={self.server.connections.max_wait - 1}"
+        lines = [
+            f"{self.protocol_version} {status} {self.responses[status][0]}",
+            f"Date: {http_date(int(time.time()), usegmt=True)}",
+            "Content-Type: application/json; charset=utf-8",
+            "Cache-Control: no-cache",  # A cache may keep it, but must validate it.
+            "X-Content-Type-Options: nosniff",
+            *[f"{name}: {value}" for name, value in headers.items()],
+        ]
+        if self.close_connection:
+            lines += ["Connection: close"]
+        else:  # Clients that wait a second less than the limit are never too late.
+            keep_alive = f"Keep-Alive: timeout={self.server.connections.max_wait - 1}"
+            lines += ["Connection: keep-alive", keep_alive]
         if status != 304:
-            headers["Content-Length"] = len(body)
+            lines += [f"Content-Length: {len(body)}"]
         if status == 304 or self.command == "HEAD":
             body = b""
-        lines = [f"HTTP/1.1 {status} {self.responses[status][0]}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
         self.wfile.write("\r\n".join([*lines, "", ""]).encode() + body)
 
     def finish(self):
@@ -759,10 +762,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections, and serves each in a thread.
+    """Accepts connections and serves each in a thread. All methods are overrides.
 
-    The base class would start a thread for each connection, which takes longer than a
-    request, so the threads come from a pool. When Connections.limit is reached, new
+    The threads come from a pool: the base class would start one for each connection,
+    which takes longer than answering a request. When Connections.limit is reached, new
     clients wait in the queue of the system, each response closes its connection, and
     slow clients are dropped sooner.
     """
@@ -774,19 +777,19 @@ class Server(ThreadingHTTPServer):
     max_stop = 2  # seconds to answer the last requests when the server stops
     stopping = False  # A signal handler sets this.
 
-    def __init__(self, address, store):
-        """Bind and listen; raises OSError, OverflowError (port) or UnicodeError (host)."""
-        self.store = store
-        # If the bind fails, the base class calls server_close(), which needs these two.
+    def __init__(self, address, store, report):
+        """Listen on (host, port); raises OSError, OverflowError or UnicodeError."""
+        self.store, self.report = store, report
+        # If the bind fails, the base class calls server_close(), which needs these.
         self.connections = Connections()
-        self.pool = ThreadPoolExecutor(10_000)  # Dropped connections may keep a thread.
+        self.pool = ThreadPoolExecutor(10_000)  # Dropped connections may keep theirs.
         host, port = address
-        found = min(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
-        self.address_family, _, _, _, (ip, _, *scope) = found  # IPv4, or else IPv6
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        self.address_family, *_, (ip, _, *scope) = min(found)  # IPv4 comes first.
         super().__init__((ip, port, *scope), Handler)
 
     def get_request(self):
-        """Accept a connection. If that raises OSError, the base class tries again."""
+        """Accept a connection, or raise OSError: the base class then tries again."""
         try:
             if self.connections.is_full():
                 raise BlockingIOError("too many connections")
@@ -798,24 +801,23 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Have a thread of the pool serve a connection."""
         self.connections.set_waiting(request)
-        # submit() queues the connection, also if the system allows no more threads.
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):  # It is queued if no thread can start.
             self.pool.submit(self.process_request_thread, request, client_address)
 
     def service_actions(self):
-        """Drop a slow client, or stop; serve_forever() calls this regularly."""
-        self.connections.drop_slowest()
+        """Drop slow clients, or stop; serve_forever() calls this regularly."""
+        self.connections.drop_slow()
         if self.stopping:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt  # This ends serve_forever().
 
     def close_request(self, request):
         self.connections.remove(request)
         super().close_request(request)
 
     def handle_error(self, request, client_address):
-        """Print the traceback of a bug, but nothing for an OSError: a disconnect."""
+        """Report the traceback of a bug, but no OSError, which means a disconnect."""
         if not isinstance(sys.exc_info()[1], OSError):
-            report(traceback.format_exc())
+            self.report(traceback.format_exc())
 
     def server_close(self):
         """Stop listening, wait for the last responses, and end the threads."""
@@ -848,7 +850,7 @@ def parse_options(arguments):
     return parser.parse_args(arguments)
 
 
-def open_store(log_path, printer):
+def open_store(log_path, printer, report):
     """Return a Store with its observers; raises OSError if the log is not writable."""
     if log_path == DEFAULT_LOG:  # Other folders must exist: their name may be a typo.
         os.makedirs(os.path.dirname(DEFAULT_LOG), exist_ok=True)
@@ -860,7 +862,7 @@ def open_store(log_path, printer):
         for customer in customers:
             printer.say(f"🔔 Event update notification sent to customer {customer}")
 
-    store, log = Store(), Log(log_path)
+    store, log = Store(), Log(log_path, report)
     store.on("booking.created", log, confirm)
     store.on("booking.cancelled", log)
     store.on("event.updated", notify)
@@ -873,7 +875,7 @@ def pin_to_one_cpu():
     if getattr(sys, "_is_gil_enabled", lambda: True)():
         with contextlib.suppress(AttributeError, OSError):  # not Linux; not permitted
             cpus = sorted(os.sched_getaffinity(0))
-            # Several servers on one machine get different CPUs.
+            # The process id spreads several servers over the CPUs.
             os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})
 
 
@@ -891,19 +893,20 @@ def stop_on_signals(server):
 def main(arguments=None):
     options = parse_options(arguments)
     host, port = options.host or "127.0.0.1", options.port
-    printer = Printer(sys.stdout)
+    printer, error_printer = Printer(sys.stdout), Printer(sys.stderr)
     try:
-        store = open_store(options.log, printer)
+        store = open_store(options.log, printer, error_printer.say)
     except OSError as error:
         sys.exit(f"eventbook: cannot write {options.log} ({error}); change --log")
     try:
-        server = Server((host, port), store)
+        server = Server((host, port), store, error_printer.say)
     except (OSError, OverflowError, UnicodeError) as error:
         problem = f"cannot listen on {host}:{port} ({error})"
         sys.exit(f"eventbook: {problem}; change --port or --host")
     pin_to_one_cpu()  # before there are threads, which inherit it
     threading.stack_size(1024**2)  # bytes; JSON with 1,000 brackets needs 256 KiB
     printer.start()
+    error_printer.start()
     name = "localhost" if host == "127.0.0.1" else host
     name = f"[{name}]" if ":" in name else name
     stop_on_signals(server)
@@ -915,9 +918,10 @@ def main(arguments=None):
         pass
     finally:
         server.server_close()
-        printer.close(timeout=1)
+        printer.close(timeout=2)
+        error_printer.close(timeout=0.5)
 
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # Do not wait for threads whose clients never close.
+    os._exit(0)  # On Windows, threads of dropped connections would prevent the end.

@@ -3,26 +3,12 @@
     python -m pytest                     # the whole suite takes about 15 seconds
     python -m pytest -k assignment       # the assignment's nine test cases
 
-The fixture `server` is a server with a log and a console, in a thread of this process.
-Event 1 exists from the start, with three tickets. Its methods send requests and return
-a Reply(status, body, headers, raw), where body is the JSON and raw its bytes:
-
-    server.create(title="x")             POST /api/events, as user 1
-    server.update(event=1, title="x")    PUT /api/events/1, as user 1
-    server.read(event=1)                 GET /api/events/1, as user 1
-    server.list("?limit=2")              GET /api/events?limit=2, as user 2
-    server.book(event=1, user=3)         POST /api/events/1/book
-    server.cancel(booking=1, user=3)     DELETE /api/bookings/1
-    server.call("PATCH", "/x", 2, body)  any other request
-    server.talk(raw("GET", "/") + b"x")  bytes over a socket; returns a list of Replies
-    exchange(connection, GET)            a request on a socket that stays open
-    together(8, work)                    work(0) to work(7), in threads at the same time
-    server.logged(), server.printed()    the log, and all lines on stdout (call it last)
-
-`@with_limits(limit=8)` changes attributes of the server's Connections, whose clock can
-be a Clock that a test sets. `shared_server` is one server for all tests that change
-nothing. `launch` starts the program as a process, for signals and exit statuses. GET,
-LIST, CREATE and BOOK are the bytes of valid requests.
+The fixture `server` is a Client of a server with a log and a console, in a thread of
+this process. Event 1 exists from the start, with three tickets. Its methods, such as
+create(), send requests and return a Reply, whose body is the JSON and raw its bytes.
+talk() sends bytes, such as GET, LIST, CREATE, BOOK and UPDATE, and returns all Replies;
+exchange() sends them on a connection that stays open. `shared_server` is one server for
+all tests that change nothing. `launch` starts the program as a process.
 """
 
 import contextlib
@@ -32,7 +18,6 @@ import io
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -224,10 +209,7 @@ def receive(connection):
 
 def encoded(text):
     """Return text in Latin-1, the encoding of headers, or else in UTF-8."""
-    try:
-        return text.encode("latin-1")
-    except UnicodeEncodeError:
-        return text.encode()
+    return text.encode("utf-8" if max(text) > "\xff" else "latin-1")
 
 
 def raw(method, path, *headers, user=None, body=b""):
@@ -258,22 +240,16 @@ def eventually(condition):
         time.sleep(0.005)
 
 
-@contextlib.contextmanager
-def frequent_switches():
-    """Have threads take turns as often as possible, so that races show."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
-
-
 def together(number, work):
     """Return the results of work(0), work(1), ..., run in threads at the same time."""
     start = threading.Barrier(number, timeout=20).wait
-    with frequent_switches(), ThreadPoolExecutor(number, initializer=start) as pool:
-        return list(pool.map(work, range(number)))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # Threads take turns often, so that races show.
+    try:
+        with ThreadPoolExecutor(number, initializer=start) as pool:
+            return list(pool.map(work, range(number)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 class Clock:
@@ -285,10 +261,14 @@ class Clock:
         return self.now
 
 
+def report(text):
+    print(text, file=sys.stderr)
+
+
 @contextlib.contextmanager
 def serving(store, log=None, max_stop=2, **limits):
     """Run a server in a thread; the limits are attributes of its Connections."""
-    server = eventbook.Server(("127.0.0.1", 0), store)
+    server = eventbook.Server(("127.0.0.1", 0), store, report)
     server.max_stop = max_stop
     thread = threading.Thread(target=server.serve_forever, args=[0.002])
     thread.start()
@@ -316,7 +296,7 @@ def serving_all(folder, **limits):
             printer.close(10)
             return (folder / "stdout").read_text("utf-8").splitlines()
 
-        store = eventbook.open_store(str(folder / "log"), printer)
+        store = eventbook.open_store(str(folder / "log"), printer, report)
         with serving(store, folder / "log", **limits) as server:
             server.printed = printed
             yield server
@@ -393,11 +373,6 @@ def test_the_nine_cases_of_the_assignment(server):
     ]
 
 
-def test_json_has_its_keys_in_order_and_no_spaces(server):
-    event = '{"id":1,"title":"Tech Conference 2026","date":"2026-02-15",'
-    assert server.read().raw == f'{event}"availableTickets":3}}\n'.encode()
-
-
 def test_a_location_leads_to_what_was_created(server):
     created, booked = server.create(), server.book()
     assert created.headers["location"] == "/api/events/2"
@@ -444,9 +419,11 @@ def test_a_malformed_or_unknown_user_id_is_unauthorized(shared_server, user):
 
 OLD, NO_KEY = 'If-Match: "x"', "Idempotency-Key:"
 CHECKS = [  # most requests fail several checks; the first of them decides
-    ("411 Transfer-Encoding uns", raw("BREW", "/x", "Transfer-Encoding: chunked")),
+    ("411 Transfer-Encoding", raw("BREW", "/x", "Transfer-Encoding: chunked")),
     ("413 Body too large", raw("BREW", "/x", "Content-Length: 99999")),
     ("501 Not Implemented", raw("BREW", "/x", "Content-Length: 9")),
+    ("501 Not Implemented", raw("Get", "/api/events", user=2)),
+    ("501 Not Implemented", raw("PROPFIND", "/api/events", user=2)),
     ("400 Incomplete body", raw("PATCH", "/x", "Content-Length: 9")),
     ("404 Not found", raw("PATCH", "/x", body=b"!")),
     ("405 Method not allowed", raw("PATCH", "/api/events", body=b"!")),
@@ -460,14 +437,9 @@ CHECKS = [  # most requests fail several checks; the first of them decides
     ("404 Booking not found", raw("DELETE", "/api/bookings/9", user=3, body=b"!")),
     ("403 Access denied", raw("DELETE", "/api/bookings/1", user=3, body=b"!")),
     ("403 Access denied", raw("GET", "/api/bookings/1", user=3)),
-    (
-        "412 Event has changed",
-        raw("PUT", "/api/events/1", OLD, user=1, body=b'{"x":1}'),
-    ),
-    (
-        "400 Booking failed: sold out",
-        raw("POST", "/api/events/1/book", user=2, body=b"!"),
-    ),
+    ("412 Event has", raw("PUT", "/api/events/1", OLD, user=1, body=b'{"x":1}')),
+    ("412 Event matches", raw("PUT", "/api/events/1", "If-None-Match: *", user=1)),
+    ("400 Booking failed: sold out", raw("POST", "/api/events/1/book", user=2)),
 ]
 
 
@@ -507,11 +479,6 @@ def test_a_405_lists_the_allowed_methods(shared_server, path):
         reply = shared_server.call(method, path)
         assert reply[:2] == (405, {"error": "Method not allowed"})
         assert set(reply.headers["allow"].split(", ")) == allowed
-
-
-@each("method", ["BREW", "get", "Get", "PROPFIND", "GETS", "X-1"])
-def test_a_method_that_http_does_not_define_is_not_implemented(shared_server, method):
-    assert shared_server.call(method, "/api/events", 2).status == 501
 
 
 @each("path, roles", [route[1:] for route in ROUTES if route[0] == "GET"])
@@ -564,7 +531,7 @@ VALID = [
     ("title", ["x", "x" * 200, "語" * 200, "🎟️", '"\\/', "\u0001", "<b>"]),
     ("availableTickets", [1, 10**9]),
     ("date", ["0001-01-01", "9999-12-31", "2024-02-29", "2026-02-15T19:30"]),
-    ("date", ["2026-02-15T00:00Z", "2026-02-15T19:30:59", "2026-02-15T19:30+05:30"]),
+    ("date", ["2026-02-15T00:00Z", "2026-02-15T19:30:59", "2026-02-15T23:59+05:30"]),
     ("date", ["2026-02-15T19:30:00.000Z", "2026-02-15T19:30:00.123456789-11:00"]),
 ]
 
@@ -590,7 +557,8 @@ def test_all_invalid_fields_are_described_at_once(shared_server):
 
 
 def test_create_ignores_unknown_fields(server):
-    assert server.create(id=7, colour="red")[:2] == (201, {"id": 2, **EVENT})
+    unknown = {"id": 7, "colour": "red", "x": [[]] * 900, "y": "{" * 98}
+    assert server.create(**unknown)[:2] == (201, {"id": 2, **EVENT})
 
 
 @each("name", ["colour", "Title", "id", "etag", "__class__"])
@@ -603,8 +571,10 @@ def test_update_rejects_unknown_fields_and_other_ids(shared_server, name):
 
 @each("change", [{"title": "New"}, {"date": "2027-01-01"}, {"availableTickets": 0}])
 def test_update_changes_only_the_given_fields(server, change):
+    """An id that is equal to the one in the path is accepted."""
     updated = server.update(**change).body["event"]
     assert server.read().body == updated == {"id": 1, **EVENT, **change}
+    assert server.update(**updated).body["event"] == updated
     assert server.book().status == (201 if updated["availableTickets"] else 400)
 
 
@@ -619,11 +589,6 @@ def test_an_update_of_nothing_notifies_each_customer_once(server, body):
     assert server.call("PUT", "/api/events/1", 1, body).status == 200
     notified = [line[-1] for line in server.printed() if line.startswith("🔔")]
     assert notified == ["3", "2", "2", "3"]
-
-
-def test_an_event_can_be_read_edited_and_put_back(server):
-    edited = {**server.read().body, "title": "New"}
-    assert server.update(**edited).body["event"] == edited
 
 
 def test_cancelling_twice_releases_one_ticket(server):
@@ -665,10 +630,6 @@ def test_invalid_json_is_a_bad_request(shared_server, error, bodies):
             assert not re.search("codec|utf-8-sig|sys[.]", reply.body["error"])
 
 
-def test_an_unknown_field_may_have_brackets(server):
-    assert server.create(x=[[]] * 900, y="{" * 98).status == 201
-
-
 def test_a_byte_order_mark_and_the_content_type_are_ignored(server):
     marked = "\ufeff".encode() + BODY
     for content_type in "text/plain", "application/x-www-form-urlencoded", "":
@@ -676,12 +637,6 @@ def test_a_byte_order_mark_and_the_content_type_are_ignored(server):
         assert server.call("POST", "/api/events", 1, marked, headers).status == 201
         assert server.call("PUT", "/api/events/1", 1, marked, headers).status == 200
     assert server.call("PUT", "/api/events/1", 1, marked[:3]).status == 200
-
-
-def test_book_and_cancel_ignore_a_body(server):
-    for number, body in enumerate([None, b"!", b"[1]", b"\xff" * 60_000], start=1):
-        assert server.call("POST", "/api/events/1/book", 2, body).status == 201
-        assert server.call("DELETE", f"/api/bookings/{number}", 2, body).status == 200
 
 
 # ---- Retries -----------------------------------------------------------------
@@ -711,7 +666,7 @@ def test_a_retry_with_a_key_creates_once(server):
 
 
 def test_a_key_belongs_to_one_path_one_body_and_one_user(server):
-    error = {"error": "Idempotency-Key was used for another request"}
+    error = {"error": "Idempotency-Key of another request"}
     server.create()
     assert server.book(event=1, key="k").status == 201
     assert server.book(event=2, key="k")[:2] == (422, error)
@@ -721,6 +676,19 @@ def test_a_key_belongs_to_one_path_one_body_and_one_user(server):
     assert server.book(event=2, user=3, key="k").body["booking"]["id"] == 2
     assert server.create(key="k").status == 201
     assert server.create(key="k", title="New")[:2] == (422, error)
+
+
+def test_a_key_has_no_meaning_where_a_repetition_is_harmless(server):
+    server.book()
+    for headers in with_key("k"), with_key(""):
+        for title in "A", "B":
+            assert (
+                server.update(headers=headers, title=title).body["event"]["title"]
+                == title
+            )
+    for status in 200, 404:
+        reply = server.call("DELETE", "/api/bookings/1", 2, headers=with_key("k"))
+        assert reply.status == status
 
 
 def test_a_failed_request_does_not_use_up_its_key(server):
@@ -742,15 +710,17 @@ def test_a_key_has_1_to_255_visible_ascii_characters(shared_server, key):
 
 
 def test_the_newest_ten_thousand_keys_are_remembered():
-    """After 10,001 keys the second one is still known; the first one books again."""
     store = eventbook.Store()
-    store.perform(eventbook.Store.create, ask())
-    tickets = ask(b'{"availableTickets":20000}', method="PUT")
-    store.perform(eventbook.Store.update, tickets)
-    keys = [{"idempotency-key": str(key)} for key in [*range(10_001), 1, 0]]
-    book = eventbook.Store.book
-    bookings = [store.perform(book, ask(headers=key)) for key in keys]
-    assert [booking.id for booking in bookings] == [*range(1, 10_002), 2, 10_002]
+    store.create(ask())
+    store.update(ask(b'{"availableTickets":20000}', method="PUT"))
+
+    def book(key):
+        request = ask(headers={"idempotency-key": str(key)})
+        return store.perform(eventbook.Store.book, request).id
+
+    assert [book(key) for key in range(10_001)] == list(range(1, 10_002))
+    assert book(1) == 2  # the second key, which is still known
+    assert book(0) == 10_002  # the first key, which is not
 
 
 # ---- Preconditions -----------------------------------------------------------
@@ -774,7 +744,7 @@ def test_an_etag_is_back_after_a_booking_was_cancelled(server):
     server.book()
     assert server.read().headers["etag"] != tag
     server.cancel()
-    assert server.update().headers["etag"] == server.read().headers["etag"] == tag
+    assert server.update().headers["etag"] == tag
 
 
 PRECONDITIONS = [  # headers, where TAG is the current ETag; statuses of PUT and GET
@@ -868,9 +838,20 @@ def test_bookings_are_listed_by_event_and_by_customer(server):
     server.cancel(1)
     assert [booking["id"] for booking in server.bookings_of_event(1).body] == [3, 4]
     assert [booking["id"] for booking in server.bookings_of_customer(2).body] == [4]
-    second = server.bookings_of_customer(3, "?offset=1&limit=1")
-    assert second.body == [{"id": 3, "eventId": 1, "customerId": 3}]
-    assert second.headers["x-total-count"] == "2"
+    query = "?offset=1&limit=1&available=x"
+    for second, id in (
+        (server.bookings_of_customer(3, query), 3),
+        (server.bookings_of_event(1, query), 4),
+    ):
+        assert [booking["id"] for booking in second.body] == [id]
+        assert second.headers["x-total-count"] == "2"
+
+
+def test_without_a_limit_a_list_is_complete():
+    store = eventbook.Store()
+    event = store.create(ask())
+    store.events = {id: event._replace(id=id) for id in range(1, 3001)}
+    assert len(json.loads(store.list_events(ask()).body)) == 3000
 
 
 def test_a_record_is_encoded_once():
@@ -887,56 +868,22 @@ def test_a_record_is_encoded_once():
 # If one operation of Store runs without the lock, a test of this section fails.
 
 
-def test_a_concurrent_history_can_be_replayed_from_the_log(server):
-    """A simple model then has the same tickets and bookings as the server."""
-    server.repeat(CREATE, 2)
-    confirmed, tickets, live = [], {1: 3, 2: 3, 3: 3}, {}
-
-    def client(number):
-        chance = random.Random(number)
-        for _ in range(40):
-            user = chance.choice([2, 3])
-            if chance.random() < 0.6:
-                reply = server.book(chance.randint(1, 3), user)
-            else:
-                reply = server.cancel(chance.randint(1, 60), user)
-            confirmed.extend([reply.body["booking"]] if reply.status < 300 else [])
-
-    together(12, client)
-    for kind, booking in server.logged():
-        tickets[booking["eventId"]] += -1 if kind == "created" else 1
-        assert tickets[booking["eventId"]] >= 0
-        if kind == "created":
-            live[booking["id"]] = booking
-        else:
-            assert live.pop(booking["id"]) == booking
-    listed = {event["id"]: event["availableTickets"] for event in server.list().body}
-    assert listed == tickets
-    for user in 2, 3:
-        expected = [b for b in live.values() if b["customerId"] == user]
-        assert server.bookings_of_customer(user).body == expected
-    logged = [booking for _, booking in server.logged()]
-    assert sorted(confirmed, key=str) == sorted(logged, key=str)
-
-
 def test_concurrent_bookings_sell_each_ticket_once(server):
     """The log has the bookings in the order of their ids."""
     server.update(availableTickets=200)
 
     def book(number):
-        replies = iter(lambda: server.book(user=2 + number % 2)[:2], (400, SOLD_OUT))
-        return [body["booking"]["id"] for _, body in replies]
+        ids, user = [], 2 + number % 2
+        while (reply := server.book(user=user)).status == 201:
+            ids.append(reply.body["booking"]["id"])
+        assert reply[:2] == (400, SOLD_OUT)
+        return ids
 
     booked = [booking for ids in together(16, book) for booking in ids]
     logged = [booking["id"] for _, booking in server.logged()]
     assert sorted(booked) == logged == list(range(1, 201))
     assert server.read().body["availableTickets"] == 0
     assert len(server.printed()) == 200
-
-
-def test_concurrent_creates_give_each_event_an_id(server):
-    together(12, lambda _: server.repeat(CREATE, 60))
-    assert [event["id"] for event in server.list().body] == list(range(1, 722))
 
 
 def test_concurrent_requests_with_one_key_have_one_effect(server):
@@ -1006,30 +953,31 @@ def test_a_booking_is_seen_by_every_request_that_is_made_after_its_log_line(
 
 # ---- Framing -----------------------------------------------------------------
 # Each malformed request stands between two valid ones. The first gets its response, the
-# second is not read: nobody can say where it begins. The cases of a row are separated
-# by "|", and its name is how the response begins.
+# second is not read: nobody can say where it begins. A row has the beginning of the
+# response, and cases that are separated by "|".
 
 REQUEST_LINES = {  # a Host follows
     "400 Malformed request line": "Host: a|GET|GET /|GET / |/ HTTP/1.1|GET HTTP/1.1|\n"
-    "| | GET / HTTP/1.1|GET  / HTTP/1.1|GET /  HTTP/1.1|GET / HTTP/1.1 |GET\t/ HTTP/1.1"
-    "|GET /\tHTTP/1.1|GET / x HTTP/1.1|GET / HTTP/1.1x|GET / HTTP|GET / HTTP/1|\x16\x03"
-    "|GET / HTTP/.1|GET / HTTP/1.1.1|GET / HTTP/+1.1|GET / HTTP/01.01|GET / HTTP/1.١"
-    "|GET / http/1.1|GET / HTTP/0.9|(GET) / HTTP/1.1|GÄT / HTTP/1.1|GET: / HTTP/1.1"
-    "|GET\0 / HTTP/1.1|GET /ä HTTP/1.1|GET /\0 HTTP/1.1|GET /\x7f HTTP/1.1|GET / HTTP/1.1\n"
-    "|GET\xa0/\xa0HTTP/1.1|GET /\nX: y HTTP/1.1|GET /#a HTTP/1.1|GET /?a#b HTTP/1.1"
-    "|GET http://a/#b HTTP/1.1",
-    "400 Invalid request target": "GET api/events HTTP/1.1|GET * HTTP/1.1|GET ? HTTP/1.1"
-    "|OPTIONS ** HTTP/1.1|CONNECT a:80 HTTP/1.1|GET http:// HTTP/1.1|GET ftp://a/ HTTP/1.1"
-    "|GET http:/a HTTP/1.1|GET http://u@a/ HTTP/1.1|GET http://a:b/ HTTP/1.1",
+    "| | GET / HTTP/1.1|GET  / HTTP/1.1|GET /  HTTP/1.1|GET / HTTP/1.1 "
+    "|GET\t/ HTTP/1.1|GET /\tHTTP/1.1|GET / x HTTP/1.1|GET / HTTP/1.1x|GET / HTTP"
+    "|GET / HTTP/1|\x16\x03|GET / HTTP/.1|GET / HTTP/1.1.1|GET / HTTP/+1.1"
+    "|GET / HTTP/01.01|GET / HTTP/1.١|GET / http/1.1|GET / HTTP/0.9|(GET) / HTTP/1.1"
+    "|GÄT / HTTP/1.1|GET: / HTTP/1.1|GET\0 / HTTP/1.1|GET /ä HTTP/1.1|GET /\0 HTTP/1.1"
+    "|GET /\x7f HTTP/1.1|GET / HTTP/1.1\n|GET\xa0/\xa0HTTP/1.1|GET /\nX: y HTTP/1.1"
+    "|GET /#a HTTP/1.1|GET /?a#b HTTP/1.1|GET http://a/#b HTTP/1.1",
+    "400 Invalid request target": "GET api/events HTTP/1.1|GET * HTTP/1.1"
+    "|GET ? HTTP/1.1|OPTIONS ** HTTP/1.1|CONNECT a:80 HTTP/1.1|GET http:// HTTP/1.1"
+    "|GET ftp://a/ HTTP/1.1|GET http:/a HTTP/1.1|GET http://u@a/ HTTP/1.1"
+    "|GET http://a:b/ HTTP/1.1",
     "414 Request line too long": f"GET /{'x' * 8192} HTTP/1.1|{'x' * 9000}",
     "414": "x" * 70_000,
     "505 Use HTTP/1.0 or HTTP/1.1": "GET / HTTP/2.0|GET / HTTP/1.2|PRI * HTTP/2.0",
 }
 HEADER_LINES = {  # a Host precedes
-    "400 Malformed or incomplete header line": "X : 1|X\t: 1| X: 1|\tX: 1|X|X 1|: 1|=: 1"
-    '| |\t|X@Y: 1|X(Y): 1|Xä: 1|X/Y: 1|\xa0X: 1|X[:1|"X": 1|X\\: 1|X: \0|X: \x01|X: \x7f'
-    "|X: \x1b[31m|X: \x0b|\0X: 1|X\0: 1|X: a\n b|X: a\rb|X: a\nY: b|X: a\r|X: a\r\n b"
-    "|X: a\rContent-Length: 9|X: a\r\n\tb|X: a\r\n  ",
+    "400 Malformed or incomplete header line": "X : 1|X\t: 1| X: 1|\tX: 1|X|X 1|: 1"
+    '|=: 1| |\t|X@Y: 1|X(Y): 1|Xä: 1|X/Y: 1|\xa0X: 1|X[:1|"X": 1|X\\: 1|X: \0'
+    "|X: \x01|X: \x7f|X: \x1b[31m|X: \x0b|\0X: 1|X\0: 1|X: a\n b|X: a\rb|X: a\nY: b"
+    "|X: a\r|X: a\r\n b|X: a\rContent-Length: 9|X: a\r\n\tb|X: a\r\n  ",
     "400 Exactly one valid Host is required": "Host: a|Host: b|HOST: a",
     "431 Headers too large": f"X: {'x' * 16384}|" + "\r\n".join(["X: 1"] * 3000),
 }
@@ -1053,6 +1001,7 @@ CODINGS = {  # the value of Transfer-Encoding, and what follows it
 WHOLE_REQUESTS = {
     "400 Malformed request line": "GET / HTTP/1.1\nHost: a\n\n|\n"
     "|\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n|GET / HTTP/1.1\rHost: a\r\r\n\n",
+    "400 Exactly one valid Host": "GET / HTTP/1.0\r\nHost: a, b\r\n\r\n",
     "400 Malformed or incomplete": "GET / HTTP/1.1\r\nHost: a\n\r\n"
     "|GET / HTTP/1.1\r\nHost: a\r\n\n",
     "431 Headers too large": f"GET / HTTP/1.1\r\nX: {'x' * 16_381}\r\nHost: a\r\n\r\n",
@@ -1090,7 +1039,7 @@ def of_size(request_line, headers):
     return raw("GET", "/?" + "x" * (request_line - len("GET /? HTTP/1.1")), header)
 
 
-VALID_HOSTS = cases(" \t a \t |[::1]:3000| localhost:3000|a:| A-b.c~%20:65535")
+VALID_HOSTS = cases(" \t a_b \t |[::1]:3000| [Fe80::1.2.3.4]|a:| A-b.c~%20:65535")
 TARGETS = cases("http://a/|HTTP://A:80/|https://a?x|/?a=b?c/d&%zz|http://[::1]:80")
 KEEPS_OPEN = [
     *[(200, encoded(f"GET / HTTP/1.1\r\nHost:{host}\r\n\r\n")) for host in VALID_HOSTS],
@@ -1159,11 +1108,8 @@ def test_a_client_that_expects_100_gets_it_before_it_sends_the_body(server):
     replies = server.talk(head, BODY + head, BODY)
     assert statuses(replies) == [100, 201] * 2
     assert statuses(server.talk(head.replace(b"1.1", b"1.0", 1), BODY)) == [201]
-    assert statuses(server.talk(raw("POST", "/x", *headers), BODY + GET)) == [
-        100,
-        404,
-        200,
-    ]
+    replies = server.talk(raw("POST", "/x", *headers), BODY + GET)
+    assert statuses(replies) == [100, 404, 200]
 
 
 def test_control_characters_of_a_client_are_escaped(shared_server):
@@ -1179,7 +1125,7 @@ def test_empty_lines_after_the_last_request_get_no_response(shared_server):
         assert statuses(shared_server.talk(data)) == [200] * data.count(b"GET")
 
 
-LONG = [  # heads and bodies of 8 to 64 KiB; no cache has seen the number in place of _N_
+LONG = [  # 8 to 64 KiB; no cache has seen the number that takes the place of _N_
     raw("GET", "/", "X: _N_", f"Connection: x{' ' * 16_000}x"),
     raw("GET", "/", "X: _N_", f"Connection: {',' * 16_000}"),
     raw("GET", "/", f"X: _N_{' ' * 16_000}x"),
@@ -1206,31 +1152,19 @@ def test_the_cost_of_parsing_is_proportional_to_the_size(shared_server, long):
         begin = time.process_time()
         assert len(shared_server.talk(long.replace(b"_N_", number))) == 1
         durations.append(time.process_time() - begin)
-    assert min(durations) < 0.1
+    assert min(durations) < 0.15
 
 
 # ---- Connections -------------------------------------------------------------
 
 
-@each("status, data", [(201, CREATE), (200, LIST), (400, raw("GET", "/", "X : 1"))])
-def test_a_request_can_arrive_in_two_pieces(server, status, data):
-    for at in range(1, len(data), 5):
-        assert statuses(server.talk(data[:at], data[at:])) == [status], at
-
-
-def test_an_incomplete_request_is_never_performed(server):
+def test_a_request_can_arrive_in_pieces_but_is_never_performed_before_its_end(server):
     assert server.talk(b"") == server.talk(b"\r\n") == []
-    for data in CREATE, BOOK:
-        for at in range(1, len(data)):
-            assert statuses(server.talk(data[:at])) == [400], at
+    for at in range(1, len(CREATE), 5):
+        assert statuses(server.talk(CREATE[:at])) == [400], at
     assert server.list().body == [{"id": 1, **EVENT}]
-
-
-def test_pipelined_requests_are_answered_in_order(server):
-    reads = [raw("GET", f"/api/events/{id}", user=2) for id in range(2, 52)]
-    replies = server.talk(CREATE * 50 + b"".join(reads))
-    assert statuses(replies) == [201] * 50 + [200] * 50
-    assert [reply.body["id"] for reply in replies] == [*range(2, 52)] * 2
+    for at in range(1, len(CREATE), 5):
+        assert statuses(server.talk(CREATE[:at], CREATE[at:])) == [201], at
 
 
 @pytest.fixture
@@ -1253,31 +1187,30 @@ def make_connections(pairs, limit):
     return connections
 
 
-WAITS = [  # the limit of connections, the time, and how many are dropped by then
+WAITS = [  # the limit of connections, the time, and how many are dropped then
     (5, 15.9, 0),
     (5, 16, 1),
     (5, 17.5, 2),
     (5, 99, 4),
     (4, 0.9, 0),
-    (4, 3, 1),  # then it is not full any more
-    (4, 15.9, 1),
+    (4, 3, 1),  # The others stay, because there is room again.
     (3, 3, 2),
+    (1, 3, 3),
+    (1, 9, 4),
 ]
 
 
 @each("limit, now, dropped", WAITS)
-def test_clients_are_dropped_that_wait_too_long(pairs, limit, now, dropped):
+def test_clients_are_dropped_that_are_too_slow(pairs, limit, now, dropped):
     """The limit is 16 s, or 1 s while there are as many connections as allowed."""
     connections = make_connections(pairs, limit)
     connections.clock.now = now
-    for number in range(1, 5):
-        connections.drop_slowest()
-        assert len(connections.waiting_since) == 4 - min(number, dropped)
+    connections.drop_slow()
+    assert list(connections.waiting_since) == [side for side, _ in pairs[dropped:]]
     for side, client in pairs[:dropped]:
         assert client.recv(1) == b""
         with pytest.raises(OSError):
             connections.set_busy(side)
-    assert list(connections.waiting_since) == [side for side, _ in pairs[dropped:]]
 
 
 def test_a_busy_connection_is_not_dropped(pairs):
@@ -1286,11 +1219,10 @@ def test_a_busy_connection_is_not_dropped(pairs):
     first = pairs[0][0]
     connections.set_busy(first)
     connections.clock.now = 1000
-    for _ in range(4):
-        connections.drop_slowest()
+    connections.drop_slow()
     assert list(connections.waiting_since) == [first]
     connections.set_waiting(first)
-    connections.drop_slowest()
+    connections.drop_slow()
     assert list(connections.waiting_since) == [first]
     connections.limit = 1
     for full in True, False, False:
@@ -1298,17 +1230,19 @@ def test_a_busy_connection_is_not_dropped(pairs):
         connections.remove(first)
 
 
-def test_the_stop_ends_reading_at_once_and_writing_at_the_deadline(pairs):
+def test_the_stop_ends_reading_at_once_and_drops_at_the_deadline(pairs):
     """A client that has reset its connection does not prevent this."""
     connections = make_connections(pairs, limit=4)
     pairs[0][0].close()
-    for side, client in pairs[1:]:
+    for _, client in pairs[1:]:
         client.sendall(b"request")
     stop = threading.Thread(target=connections.stop, args=[0.05])
     stop.start()
     for side, client in pairs[1:]:
         assert (side.recv(99), side.recv(99)) == (b"request", b"")
         assert client.recv(1) == b""
+        with pytest.raises(OSError):
+            connections.set_busy(side)
     stop.join(20)
 
 
@@ -1324,18 +1258,9 @@ def test_the_limit_of_connections_leaves_descriptors_for_the_log():
 
 
 def make_a_long_list(server):
-    """Create so many events that 30 lists of them do not fit into socket buffers."""
+    """Create so many events that 30 lists of them, 11 MB, fit into no socket buffer."""
     body = json.dumps({**EVENT, "title": "\x01" * 200}).encode()
     server.repeat(raw("POST", "/api/events", user=1, body=body), 300)
-
-
-@contextlib.contextmanager
-def client_that_does_not_read(server, data=LIST * 30):
-    """Connect a client whose responses have 11 MB, and which reads none of them."""
-    with server.connect() as connection:
-        connection.sendall(data)
-        connection.recv(1, socket.MSG_PEEK)
-        yield connection
 
 
 def reset(connection):
@@ -1392,54 +1317,25 @@ def test_a_client_is_dropped_in_any_state(server, data):
     assert len(server.list().body) == 301
 
 
-class Dropping(eventbook.Connections):
-    """Drops each client before or after its connection is set busy."""
+@each("moment, statuses_expected", [("before", []), ("after", [201])])
+def test_a_client_that_is_dropped_at_the_last_moment_has_booked_nothing(
+    server, moment, statuses_expected
+):
+    """Once its request is performed, it is not dropped."""
 
-    def __init__(self, before):
-        super().__init__()
-        self.before = before
-
-    def set_busy(self, connection):
-        if self.before:
+    class Dropping(eventbook.Connections):
+        def set_busy(self, connection):
+            if moment == "after":
+                super().set_busy(connection)
             self.max_wait = 0
-            self.drop_slowest()
-        super().set_busy(connection)
-        self.max_wait = 0
-        self.drop_slowest()
-        self.max_wait = 16
+            self.drop_slow()
+            self.max_wait = 16
+            if moment == "before":
+                super().set_busy(connection)
 
-
-def test_a_client_that_is_dropped_at_the_last_moment_has_booked_nothing(tmp_path):
-    """A moment later it is not dropped any more."""
-    store = eventbook.open_store(str(tmp_path / "log"), eventbook.Printer(None))
-    with serving(store, tmp_path / "log") as server:
-        server.server.connections = Dropping(before=True)
-        assert server.talk(BOOK) == server.logged() == []
-        server.server.connections = Dropping(before=False)
-        assert statuses(server.talk(BOOK)) == [201]
-        assert len(server.logged()) == 1
-
-
-@with_limits(limit=8, max_wait_if_full=60)
-def test_every_client_of_a_crowd_is_served(server):
-    """Of 24 clients each books ten tickets, on a new connection if it was closed."""
-    server.update(availableTickets=1000)
-
-    def client(_):
-        connection, booked = server.connect(), []
-        for _ in range(10):
-            reply = exchange(connection, BOOK)
-            booked.append(reply.body["booking"])
-            if reply.headers["connection"] == "close":
-                connection.close()
-                connection = server.connect()
-        connection.close()
-        return booked
-
-    booked = list(itertools.chain(*together(24, client)))
-    logged = [booking for _, booking in server.logged()]
-    assert len(booked) == 240
-    assert sorted(booked, key=str) == sorted(logged, key=str)
+    server.server.connections = Dropping()
+    assert statuses(server.talk(BOOK)) == statuses_expected
+    assert len(server.logged()) == len(statuses_expected)
 
 
 @with_limits(limit=2, max_wait_if_full=0.05)
@@ -1497,11 +1393,12 @@ def test_an_error_of_accept_closes_nobody(server):
         assert statuses([exchange(first, GET), exchange(second, GET)]) == [200, 200]
 
 
-def test_pipelined_responses_are_not_delayed(server):
-    """Nagle's algorithm would delay the second one by 40 ms."""
-    with server.connect() as connection:
-        assert exchange(connection, GET).status == 200
-        (side,) = server.connections.waiting_since
+@linux
+def test_many_clients_are_served_at_the_same_time(server):
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(200)]
+        assert statuses(exchange(client, GET) for client in clients) == [200] * 200
+        (side, *_) = server.connections.waiting_since
         assert side.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
@@ -1538,11 +1435,7 @@ def test_an_error_can_be_read_by_a_client_that_still_sends(server, data):
 
 
 class Vanishing(eventbook.Handler):
-    """Serves a client whose network vanishes: reading raises a TimeoutError."""
-
-    def setup(self):
-        super().setup()
-        self.connection.settimeout(0.001)
+    timeout = 0.001  # Reading then raises a TimeoutError, as if the network vanished.
 
 
 @each("data", [b"", CREATE[:20], CREATE[:-1]], ids=["new", "line", "body"])
@@ -1599,31 +1492,31 @@ def test_a_log_that_is_truncated_all_the_time_costs_no_booking(server):
     ended = threading.Event()
 
     def client(number):
-        if number == 0:
-            while not ended.is_set():
-                os.truncate(server.log, 0)
-        else:
-            server.repeat(BOOK, 400)
+        while number == 0 and not ended.is_set():
+            os.truncate(server.log, 0)
+        try:
+            server.repeat(BOOK, 200)
+        finally:
             ended.set()
 
     server.book()
     together(5, client)
     content = server.log.read_bytes()
     assert b"\n\n" not in content and not content.startswith(b"\n")
-    assert server.book().body["booking"]["id"] == 1602
+    assert server.book().body["booking"]["id"] == 1002
 
 
 def test_without_the_log_nothing_changes_and_stderr_says_why(server, capsys):
     """Each outage is reported once. The failed booking does not use up its key."""
     server.book()
-    for key in "2", "3":
+    for number in 2, 3:
         os.remove(server.log)
         os.mkdir(server.log)
-        for reply in server.book(key=key), server.cancel(), server.book(key=key):
+        for reply in server.book(key=f"k{number}"), server.cancel(), server.book():
             assert reply[:2] == (503, {"error": "The log cannot be written"})
-            assert int(reply.headers["retry-after"]) > 0
+            assert 0 < int(reply.headers["retry-after"]) <= 60
         os.rmdir(server.log)
-        assert server.book(key=key).body["booking"]["id"] == int(key)
+        assert server.book(key=f"k{number}").body["booking"]["id"] == number
         problem = r"eventbook: cannot write the log: .*log.*\n"
         assert re.fullmatch(problem, capsys.readouterr().err)
     assert len(server.bookings_of_event().body) == len(server.printed()) == 3
@@ -1647,7 +1540,9 @@ def test_an_observer_that_raises_prevents_the_change(capsys, name, change):
         before = server.read()[:2], server.bookings_of_event().body
         assert change(server)[:2] == (500, {"error": "Internal server error"})
         assert (server.read()[:2], server.bookings_of_event().body) == before
-        assert (called, capsys.readouterr().err.count("ZeroDivisionError")) == ([], 1)
+        problem = capsys.readouterr().err
+        assert (called, problem.count("ZeroDivisionError")) == ([], 1)
+        assert "in <lambda>" in problem
         del store.observers[name][0]
         assert (change(server).status < 300, called) == (True, [name])
 
@@ -1664,21 +1559,6 @@ def test_an_observer_can_remove_itself_while_it_is_called():
     assert called == ["x", "x"]
 
 
-def test_a_bug_is_reported_although_its_client_has_disconnected(capsys):
-    store = eventbook.Store()
-    started, disconnected = threading.Event(), threading.Event()
-    store.on("event.updated", lambda *_: started.set())
-    store.on("event.updated", lambda *_: disconnected.wait(20) and 1 / 0)
-    with serving(store) as server:
-        connection = server.connect()
-        connection.sendall(UPDATE)
-        assert started.wait(20)
-        reset(connection)
-        disconnected.set()
-        assert statuses(server.talk(UPDATE + GET)) == [500, 200]
-    assert capsys.readouterr().err.count("ZeroDivisionError") == 2
-
-
 def test_a_bug_in_a_response_is_a_500_and_keeps_no_connection(server, capsys):
     """The cached list cannot be sent. Its client stays, until it is dropped."""
     server.server.store.list_cache = "", eventbook.Response(200, "no bytes", {})
@@ -1687,18 +1567,6 @@ def test_a_bug_in_a_response_is_a_500_and_keeps_no_connection(server, capsys):
         server.connections.max_wait = 0
         eventually(lambda: is_disconnected(connection))
     assert "TypeError" in capsys.readouterr().err
-
-
-@each("closed", [True, False])
-def test_a_bug_is_a_500_although_stderr_is_closed_or_missing(tmp_path, capsys, closed):
-    store = eventbook.Store()
-    store.on("event.updated", lambda *_: 1 / 0)
-    with open(tmp_path / "stderr", "w", encoding="utf-8") as stderr:
-        stderr.close()
-        stream = stderr if closed else None
-        with contextlib.redirect_stderr(stream), serving(store) as server:
-            assert server.update().status == 500
-    assert capsys.readouterr().out == ""
 
 
 class Console(io.StringIO):
@@ -1713,7 +1581,7 @@ class Console(io.StringIO):
         return super().write(text)
 
 
-def test_a_printer_goes_on_whatever_the_console_does(tmp_path):
+def test_a_printer_goes_on_whatever_the_console_does(tmp_path, capsys):
     """It is missing, closed, or without emoji, or its first write() fails."""
     console = Console()
     with open(tmp_path / "ascii", "w+", encoding="ascii") as ascii_only:
@@ -1728,7 +1596,7 @@ def test_a_printer_goes_on_whatever_the_console_does(tmp_path):
             assert not printer.is_alive()
         ascii_only.seek(0)
         assert ascii_only.read() == "first\n?\nlast\n"
-    assert console.getvalue() == "📧\nlast\n"
+    assert (console.getvalue(), capsys.readouterr().out) == ("📧\nlast\n", "")
 
 
 def test_at_most_100_000_lines_wait_for_a_console_that_nobody_reads():
@@ -1750,11 +1618,18 @@ def launch(tmp_path):
     """launch(*options) starts the program; at the end it is killed if it still runs."""
     with contextlib.ExitStack() as stack:
 
-        def start(*options, program=PROGRAM, shell=(), flags=(), **environment):
+        def start(
+            *options,
+            program=PROGRAM,
+            shell=(),
+            flags=(),
+            stderr=subprocess.PIPE,
+            **environment,
+        ):
             """Return a Client, whose `process` is the program."""
             command = [*shell, sys.executable, *flags, program, "-p", "0", *options]
-            pipes = dict.fromkeys(["stdout", "stderr"], subprocess.PIPE)
-            pipes.update(encoding="utf-8", env={**ENVIRONMENT, **environment})
+            pipes = {"stdout": subprocess.PIPE, "stderr": stderr, "encoding": "utf-8"}
+            pipes["env"] = {**ENVIRONMENT, **environment}
             process = subprocess.Popen(command, cwd=tmp_path, **pipes)
             stack.enter_context(process)
             stack.callback(process.kill)
@@ -1772,11 +1647,6 @@ def launch(tmp_path):
 @pytest.fixture
 def program(launch):
     return launch("--log", "log")
-
-
-def ulimit(option, value):
-    """Return a command that sets a limit, and runs the command after it."""
-    return "sh", "-c", f'ulimit {option} {value}; exec "$@"', "sh"
 
 
 def outcome(process, timeout=20):
@@ -1800,18 +1670,6 @@ def test_requests_that_have_arrived_are_answered_at_the_stop():
             assert statuses(read_to_end(client)) == [200] * 3
 
 
-def test_no_client_can_delay_the_stop(tmp_path):
-    """Some send nothing, some half a request, and some do not read."""
-    with contextlib.ExitStack() as stack:
-        with serving_all(tmp_path, max_stop=0.2) as server:
-            make_a_long_list(server)
-            for data in [b"", CREATE[:-2], LIST * 30] * 3:
-                stack.enter_context(server.connect()).sendall(data)
-            server.settle()
-            begin = time.monotonic()
-        assert time.monotonic() - begin < 5
-
-
 SIGNALS = [  # two signals, and how the program ends
     ("SIGTERM", "SIGTERM", 0),
     ("SIGINT", "SIGTERM", 0),
@@ -1830,8 +1688,9 @@ def test_a_signal_stops_the_program_and_a_second_ctrl_c_ends_it(
     program = launch("--log", "log", flags=["-X", "dev", "-W", "error"])
     program.create()
     make_a_long_list(program)
-    late_reader = client_that_does_not_read(program, LIST * 30 + BOOK)
-    with program.connect() as idle, late_reader as late:
+    with program.connect() as idle, program.connect() as late:
+        late.sendall(LIST * 30 + BOOK)
+        late.recv(1, socket.MSG_PEEK)
         program.settle()
         program.process.send_signal(getattr(signal, first))
         assert read_to_end(idle) == []
@@ -1846,21 +1705,37 @@ def test_a_signal_stops_the_program_and_a_second_ctrl_c_ends_it(
 
 
 @posix
-@each("reader", [True, False])
-def test_the_stop_waits_for_a_reader_of_the_output_but_not_long(program, reader):
-    """The pipe of stdout is full. Meanwhile a client tries to connect every 7 ms."""
+def test_the_stop_prints_what_is_queued_and_accepts_nobody(program):
+    """The pipe of stdout is full. A client tries to connect until the end."""
     program.create(availableTickets=2500)
     program.repeat(BOOK, 2500)
-    begin, accepted = time.monotonic(), 0
     program.process.terminate()
-    printed = program.process.stdout.read() if reader else ""
-    while program.process.poll() is None:
-        with contextlib.suppress(OSError), program.connect():
-            accepted = time.monotonic() - begin
-        time.sleep(0.007)
-    assert (program.process.returncode, program.process.stderr.read()) == (0, "")
-    assert printed.count("📧") == (2500 if reader else 0)
-    assert accepted < 1 and time.monotonic() - begin < 5
+    assert program.process.stdout.read().count("📧") == 2500
+    with pytest.raises(OSError):
+        program.connect()
+    assert (program.process.wait(20), program.process.stderr.read()) == (0, "")
+
+
+@posix
+def test_a_console_that_nobody_reads_affects_nothing(launch):
+    """Both pipes are full. stderr would have said that the log cannot be written."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b"x"):
+            pass
+    os.set_blocking(writer, True)
+    program = launch("--log", "log", stderr=writer)
+    program.create(availableTickets=9999)
+    program.repeat(BOOK, 2500)
+    os.remove(program.log)
+    os.mkdir(program.log)
+    assert statuses([program.book(), program.list()]) == [503, 200]
+    begin = time.monotonic()
+    program.process.terminate()
+    assert (program.process.wait(20), time.monotonic() - begin < 5) == (0, True)
+    os.close(reader)
+    os.close(writer)
 
 
 @posix
@@ -1891,19 +1766,21 @@ def test_a_full_disk_leaves_whole_lines_in_the_log(program):
 
     program.create()
     assert statuses([program.book(), program.book()]) == [201, 201]
-    content, unlimited = program.log.read_bytes(), resource.RLIM_INFINITY
-    for limit, expected in (len(content) + 40, [503, 503]), (unlimited, [201, 200]):
-        limits = resource.RLIMIT_FSIZE, (limit, unlimited)
-        resource.prlimit(program.process.pid, *limits)
-        assert statuses([program.book(), program.cancel()]) == expected
-        assert program.log.read_bytes().startswith(content)
-        assert (program.log.read_bytes() == content) == (expected == [503, 503])
+    content, pid = program.log.read_bytes(), program.process.pid
+    limits = len(content) + 40, resource.RLIM_INFINITY
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+    assert statuses([program.book(), program.cancel()]) == [503, 503]
+    assert program.log.read_bytes() == content
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, limits[1:] * 2)
+    assert statuses([program.book(), program.cancel()]) == [201, 200]
+    assert program.log.read_bytes().startswith(content)
     assert [booking["id"] for _, booking in program.logged()] == [1, 2, 3, 1]
 
 
 @posix
 def test_a_small_stack_is_enough_for_nested_json(launch):
-    program = launch("--log", "log", shell=ulimit("-s", 128))
+    shell = "sh", "-c", 'ulimit -s 128; exec "$@"', "sh"
+    program = launch("--log", "log", shell=shell)
     program.create()
     for opening, closing in (b"[", b"]"), (b'{"":', b"}"), (b'[{"":', b"}]"):
         for number in 490, 9000:
@@ -1911,20 +1788,6 @@ def test_a_small_stack_is_enough_for_nested_json(launch):
             assert program.call("PUT", "/api/events/1", 1, body).status == 400
     program.process.terminate()
     assert outcome(program.process) == (0, "", "")
-
-
-@posix
-def test_few_file_descriptors_are_enough(launch):
-    """Idle clients take all but a reserve, so that bookings can still be logged."""
-    program = launch("--log", "log", shell=ulimit("-n", 56))
-    program.create(availableTickets=500)
-    with contextlib.ExitStack() as stack:
-        for _ in range(60):
-            stack.enter_context(program.connect())
-        for _ in range(20):
-            assert program.book().status == 201
-    program.process.terminate()
-    assert outcome(program.process)[::2] == (0, "")
 
 
 FAILING_SERVER = """
@@ -1957,15 +1820,27 @@ PORTS = [  # arguments, PORT, the port
     ([], "4000", 4000),
     (["--port", "5000"], "4000", 5000),
     (["-p", "0"], "x", 0),
+    ([], "x", None),
+    (["-p", "x"], "", None),
 ]
 
 
 @each("arguments, variable, port", PORTS)
-def test_the_port_option_overrides_the_variable(monkeypatch, arguments, variable, port):
+def test_the_port_option_overrides_the_variable(
+    monkeypatch, capsys, arguments, variable, port
+):
+    """An invalid one ends the program with status 2 and the usage."""
+    monkeypatch.setenv("PYTHON_COLORS", "0")
     monkeypatch.delenv("PORT", raising=False)
     if variable is not None:
         monkeypatch.setenv("PORT", variable)
-    assert eventbook.parse_options(arguments).port == port
+    if port is not None:
+        assert eventbook.parse_options(arguments).port == port
+        return
+    with pytest.raises(SystemExit, match="2"):
+        eventbook.main(arguments)
+    problem = "usage: (.*\\n)+.*argument -p/--port: invalid int value: 'x'\n"
+    assert re.fullmatch(problem, capsys.readouterr().err)
 
 
 def test_port_is_used_and_free_again_at_once(launch):
@@ -1980,75 +1855,42 @@ def test_port_is_used_and_free_again_at_once(launch):
         assert outcome(program.process) == (0, "", "")
 
 
-def resolves(host):
-    """Tell whether a server can listen on a host here."""
-    with contextlib.suppress(OSError):
-        family, *_, address = min(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM))
-        with socket.create_server(address, family=family):
-            return True
-
-
-HOSTS_SHOWN = [  # --host, the host in the URL, the address of the server
-    ("127.0.0.1", "localhost", "127.0.0.1"),
-    ("", "localhost", "127.0.0.1"),
-    ("localhost", "localhost", "127.0.0.1"),
-    ("::1", "[::1]", "::1"),
-    ("ip6-localhost", "ip6-localhost", "::1"),
-]
-
-
-@each("host, shown, address", HOSTS_SHOWN)
-def test_the_start_line_has_the_real_url(launch, host, shown, address):
-    if not resolves(host or "127.0.0.1"):
-        pytest.skip(f"{host} is not available")
+@each("host, shown", [("", "localhost"), ("localhost", "localhost"), ("::1", "[::1]")])
+def test_the_start_line_has_the_real_url(launch, host, shown):
     program = launch("--host", host, "--log", "log")
+    if host == "::1" and not program.line:
+        pytest.skip("IPv6 is not available")
     url = f"http://{shown}:{program.port}"
     assert program.line == f"eventbook is listening on {url}\n"
     assert opener.open(url, timeout=5).status == 200
-    socket.create_connection((address, program.port), timeout=5).close()
+    if host != "::1":  # A name with both kinds of addresses means the IPv4 address.
+        program.settle()
 
 
-@each("arguments, variable", [(["-p", "x"], ""), ([], "x")])
-def test_an_invalid_port_exits_2_with_usage(capsys, monkeypatch, arguments, variable):
-    monkeypatch.setenv("PORT", variable)
-    monkeypatch.setenv("PYTHON_COLORS", "0")
-    with pytest.raises(SystemExit) as exit:
-        eventbook.main(arguments)
-    usage, *_, line = capsys.readouterr().err.splitlines()
-    assert (exit.value.code, usage[:6]) == (2, "usage:")
-    assert line.endswith("argument -p/--port: invalid int value: 'x'")
-
-
-FAILED_STARTS = [  # arguments, the message
-    (["--log", "."], "cannot write . (…); change --log"),
-    (["--log", "no/log"], "cannot write no/log (…); change --log"),
-    (
-        ["-p", "{port}"],
-        "cannot listen on 127.0.0.1:{port} (…); change --port or --host",
-    ),
-    (["-p", "65536"], "cannot listen on 127.0.0.1:65536 (…); change --port or --host"),
-    (["-p", "-1"], "cannot listen on 127.0.0.1:-1 (…); change --port or --host"),
-    (
-        ["--host", "192.0.2.1"],
-        "cannot listen on 192.0.2.1:0 (…); change --port or --host",
-    ),
-    (["--host", "a..b"], "cannot listen on a..b:0 (…); change --port or --host"),
-    (["--host", "é" * 64], "cannot listen on é…); change --port or --host"),
+FAILED_STARTS = [  # arguments, what cannot be done
+    (["--log", "."], "write ."),
+    (["--log", "no/log"], "write no/log"),
+    (["-p", "{port}"], "listen on 127.0.0.1:{port}"),
+    (["-p", "65536"], "listen on 127.0.0.1:65536"),
+    (["--host", "192.0.2.1"], "listen on 192.0.2.1:0"),
+    (["--host", "a..b"], "listen on a..b:0"),
+    (["--host", "é" * 64], f"listen on {'é' * 64}:0"),
 ]
 
 
-@each("arguments, message", FAILED_STARTS)
+@each("arguments, problem", FAILED_STARTS, ids=short)
 def test_a_failed_start_says_what_to_change(
-    shared_server, monkeypatch, tmp_path, arguments, message
+    shared_server, tmp_path, arguments, problem
 ):
     """The program exits with status 1 and this one line."""
-    monkeypatch.chdir(tmp_path)
+    log = str(tmp_path / "log")
     arguments = [text.format(port=shared_server.port) for text in arguments]
     with pytest.raises(SystemExit) as exit:
-        eventbook.main(["-p", "0", "--log", "log", *arguments])
-    begin, end = message.format(port=shared_server.port).split("…")
-    assert exit.value.code.startswith(f"eventbook: {begin}")
-    assert exit.value.code.endswith(end) and "\n" not in exit.value.code
+        eventbook.main(["-p", "0", "--log", log, *arguments])
+    problem = re.escape(problem.format(port=shared_server.port))
+    change = "--log" if "write" in problem else "--port or --host"
+    message = f"eventbook: cannot {problem} \\(.*\\); change {change}"
+    assert re.fullmatch(message, exit.value.code)
 
 
 @posix
@@ -2072,12 +1914,9 @@ def test_help_has_the_options_the_users_and_an_example(capsys, monkeypatch):
     assert f"default: {os.path.join(HERE, 'logs', 'events.log.jsonl')}\n" in text
     assert "  user-id: 1  ORGANIZER\n  user-id: 2  CUSTOMER\n" in text
     assert text.endswith("\n  curl -H 'user-id: 2' http://localhost:3000/api/events\n")
-
-
-def test_version_prints_the_version(capsys):
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit, match="0"):
         eventbook.main(["--version"])
-    assert (exit.value.code, capsys.readouterr().out) == (0, "eventbook 1.0.0\n")
+    assert capsys.readouterr().out == "eventbook 1.0.0\n"
 
 
 def test_the_default_log_is_beside_the_program(launch, tmp_path):
@@ -2151,10 +1990,8 @@ def test_the_session_in_the_readme_is_what_happens(program):
 
 
 def test_the_limits_in_the_readme_are_those_of_the_code():
-    limits = {
-        "2 s": eventbook.Server.max_stop == 2,
-        "1 s": eventbook.Connections.max_wait_if_full == 1,
-        "16 s": eventbook.Connections.max_wait == 16,
-    }
-    for text, is_true in limits.items():
-        assert is_true and readme(rf"\b{text}\b"), text
+    connections, server = eventbook.Connections, eventbook.Server
+    limits = connections.max_wait_if_full, server.max_stop, connections.max_wait
+    assert limits == (1, 2, 16)
+    for limit in limits:
+        assert readme(rf"\b{limit} s\b")
