@@ -53,8 +53,8 @@ VERSION = "1.0.0"
 FOLDER = os.path.dirname(os.path.realpath(__file__))
 DEFAULT_LOG = os.path.join(FOLDER, "logs", "events.log.jsonl")
 
-# ---- Requests and responses --------------------------------------------------
-# What an operation gets, and what it returns or raises.
+# ---- Responses ---------------------------------------------------------------
+# A request ends with a Response, or with an HTTPError that holds one.
 
 Response = namedtuple("Response", "status body headers")
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -77,64 +77,6 @@ def require(condition, status, error, headers=None, **members):
     """Raise HTTPError unless the condition is true."""
     if not condition:
         raise HTTPError(status, error, headers, **members)
-
-
-NUMBER = re.compile("[0-9]{1,600}")  # int() accepts at least 640 digits.
-
-
-class Request(namedtuple("Request", "method path query headers body id user")):
-    """What an operation gets. Header names are lower-case; id and user can be None."""
-
-    def json(self):
-        """Return the body as a dict, {} if it is empty; raises HTTPError (400)."""
-        try:
-            text = self.body.decode().lstrip("\ufeff")  # \ufeff is a byte order mark.
-            # Deep nesting would crash Python 3.13 instead of raising an exception.
-            brackets = text.count("[") + text.count("{")
-            require(brackets <= 1000, 400, "JSON has more than 1,000 brackets")
-            value = json.loads(text or "{}")
-            encode(value)  # encode() rejects NaN, 1e400 and lone surrogates.
-        except json.JSONDecodeError as error:
-            raise HTTPError(400, f"Invalid JSON: {error}") from None
-        except (ValueError, RecursionError):
-            reason = "not UTF-8, nested too deeply, or an invalid number or character"
-            raise HTTPError(400, f"Invalid JSON: {reason}") from None
-        require(isinstance(value, dict), 400, "The JSON body must be an object")
-        return value
-
-    def parameters(self, rules):
-        """Return the query parameters that have a rule; raises HTTPError (400)."""
-        given = urllib.parse.parse_qs(self.query, keep_blank_values=True)
-        # The values of a repeated parameter are joined, which makes them invalid.
-        texts = {name: ", ".join(given[name]) for name in rules if name in given}
-        values = {k: int(v) if NUMBER.fullmatch(v) else v for k, v in texts.items()}
-        validate(values, rules)
-        return values
-
-    def check_preconditions(self, etag):
-        """Raise HTTPError (412 or 304) if If-Match or If-None-Match is not met."""
-        if "if-match" in self.headers:
-            tags = split_list(self.headers["if-match"])
-            matches = tags == ["*"] or etag in tags  # A weak tag, W/"1", never matches.
-            require(matches, 412, "Event has changed", {"ETag": etag})
-        if "if-none-match" in self.headers:
-            tags = split_list(self.headers["if-none-match"])
-            matches = tags == ["*"] or etag in tags or f"W/{etag}" in tags
-            status = 412 if self.method == "PUT" else 304  # RFC 9110, 13.1.2
-            require(not matches, status, "Event matches If-None-Match", {"ETag": etag})
-
-
-def split_list(value):
-    """Return the elements of a comma-separated header (RFC 9110, 5.6.1)."""
-    return [element.strip(" \t") for element in value.split(",")]
-
-
-def paginate(records, offset=0, limit=None):
-    """Return a Response with a part of a list of records, or with all of them."""
-    end = len(records) if limit is None else offset + limit
-    page = [record.json_text for record in records[offset:end]]
-    body = f"[{','.join(page)}]\n".encode()
-    return Response(200, body, {"X-Total-Count": len(records)})
 
 
 # ---- Records and rules -------------------------------------------------------
@@ -161,6 +103,14 @@ class Event(Record, namedtuple("Event", "id title date availableTickets")):
 
 class Booking(Record, namedtuple("Booking", "id eventId customerId")):
     pass
+
+
+def paginate(records, offset=0, limit=None):
+    """Return a Response with the records from offset on, at most limit of them."""
+    end = len(records) if limit is None else offset + limit
+    page = [record.json_text for record in records[offset:end]]
+    body = f"[{','.join(page)}]\n".encode()
+    return Response(200, body, {"X-Total-Count": len(records)})
 
 
 TIME = r"([01]\d|2[0-3]):[0-5]\d"
@@ -192,7 +142,7 @@ def integer(minimum, maximum=math.inf):
 
 
 def id_in_path(id):
-    """Return a Rule for the id in a body, which only repeats the id in the path."""
+    """Return a Rule for the id in a body, which must repeat the id in the path."""
     return Rule(lambda v: type(v) is int and v == id, "must be the id in the path")
 
 
@@ -222,9 +172,63 @@ def validate(values, rules):
     require(not details, 400, "Validation failed", details=details)
 
 
+# ---- Requests ----------------------------------------------------------------
+# What an operation can ask of a request.
+
+NUMBER = re.compile("[0-9]{1,600}")  # int() accepts at least 640 digits.
+
+
+class Request(namedtuple("Request", "method path query headers body id user")):
+    """What an operation gets. Header names are lower-case; id and user can be None."""
+
+    def json(self):
+        """Return the body as a dict, {} if it is empty; raises HTTPError (400)."""
+        try:
+            text = self.body.decode().lstrip("\ufeff")  # \ufeff is a byte order mark.
+            # Deep nesting would crash Python 3.13 instead of raising an exception.
+            brackets = text.count("[") + text.count("{")
+            require(brackets <= 1000, 400, "JSON has more than 1,000 brackets")
+            value = json.loads(text or "{}")
+            encode(value)  # encode() rejects NaN, 1e400 and lone surrogates.
+        except json.JSONDecodeError as error:
+            raise HTTPError(400, f"Invalid JSON: {error}") from None
+        except (ValueError, RecursionError):
+            reason = "not UTF-8, nested too deeply, or an invalid number or character"
+            raise HTTPError(400, f"Invalid JSON: {reason}") from None
+        require(isinstance(value, dict), 400, "The JSON body must be an object")
+        return value
+
+    def parameters(self, rules):
+        """Return the query parameters that have a rule; raises HTTPError (400)."""
+        given = urllib.parse.parse_qs(self.query, keep_blank_values=True)
+        # Text that is no number stays as it is. So do joined values of one parameter.
+        # Both break the rules for numbers.
+        texts = {name: ", ".join(given[name]) for name in rules if name in given}
+        values = {k: int(v) if NUMBER.fullmatch(v) else v for k, v in texts.items()}
+        validate(values, rules)
+        return values
+
+    def check_preconditions(self, etag):
+        """Raise HTTPError (412 or 304) if If-Match or If-None-Match is not met."""
+        if "if-match" in self.headers:
+            tags = split_list(self.headers["if-match"])
+            matches = tags == ["*"] or etag in tags  # A weak tag, W/"1", never matches.
+            require(matches, 412, "Event has changed", {"ETag": etag})
+        if "if-none-match" in self.headers:
+            tags = split_list(self.headers["if-none-match"])
+            matches = tags == ["*"] or etag in tags or f"W/{etag}" in tags
+            status = 412 if self.method == "PUT" else 304  # RFC 9110, 13.1.2
+            require(not matches, status, "Event matches If-None-Match", {"ETag": etag})
+
+
+def split_list(value):
+    """Return the elements of a comma-separated header (RFC 9110, 5.6.1)."""
+    return [element.strip(" \t") for element in value.split(",")]
+
+
 # ---- Observers ---------------------------------------------------------------
 # Store is an Observable: it calls its observers before a change. An observer that
-# raises an exception prevents the change. Log is an observer. The others, in
+# raises an exception prevents the change. Log is the first observer. The others, in
 # open_store(), print notifications in the background by means of a Printer.
 
 
@@ -255,7 +259,7 @@ class Log:
                 file.write(b"\n")
 
     def __call__(self, name, booking):
-        """Append a line or, if that fails, nothing and raise HTTPError (503)."""
+        """Append a line. On failure, remove what was written, and raise HTTPError."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         timestamp, data = now.replace("+00:00", "Z"), booking._asdict()
         line = encode({"event": name, "timestamp": timestamp, "data": data})
@@ -348,10 +352,11 @@ class Store(Observable):
     def create(self, request):
         """Create an event; an Idempotency-Key makes retries safe."""
         body = request.json()
-        # Unknown fields are ignored: if one is misspelt, the right one is missing.
+        # Unknown fields are ignored: a misspelt one makes the right one invalid.
         values = {name: body.get(name) for name in CREATE_RULES}
         validate(values, CREATE_RULES)
-        return self._put(Event(len(self.events) + 1, **values))  # None is ever deleted.
+        id = len(self.events) + 1  # Events are never deleted.
+        return self._put(Event(id, **values))
 
     def update(self, request):
         """Update an event and notify the customers who have booked it."""
@@ -360,9 +365,9 @@ class Store(Observable):
         request.check_preconditions(event.etag)
         # Unknown fields are errors: ignoring a misspelt one would lose the edit.
         validate(values, {**UPDATE_RULES, "id": id_in_path(event.id)})
-        # Notify each customer once per update, even if it changes nothing.
+        # Each customer is notified once, even if the update changes nothing.
         customers = [b.customerId for b in self.by_event[event.id].values()]
-        self.emit("event.updated", dict.fromkeys(customers))
+        self.emit("event.updated", dict.fromkeys(customers))  # without duplicates
         return self._put(event._replace(**values))
 
     def book(self, request):
@@ -508,8 +513,8 @@ def present(record, route):
 
 # ---- Request parsing ---------------------------------------------------------
 # http.server parses headers with the e-mail parser, which accepts folded lines, bare
-# line feeds, two lengths and no Host. Two servers can then disagree on where a request
-# ends, which enables request smuggling. So one pattern must match the request line, and
+# line feeds and two lengths. Two servers can then disagree on where a request ends,
+# which enables request smuggling. So one pattern must match the request line, and
 # another one the headers (RFC 9112, sections 2 to 7).
 
 REQUEST_LINE_LIMIT = 8 * 1024 + len("\r\n")  # bytes; nginx's default
@@ -541,7 +546,7 @@ def parse_request_line(line):
 
 
 def read_header_lines(file):
-    """Return the lines up to an empty line, the end, or more than HEADERS_LIMIT."""
+    """Read to an empty line, the end of input, or more than HEADERS_LIMIT bytes."""
     line, lines = None, bytearray()
     while line not in (b"\r\n", b"\n", b"") and len(lines) <= HEADERS_LIMIT:
         line = file.readline(HEADERS_LIMIT + 1)
@@ -593,9 +598,9 @@ class Connections:
     """The open connections, and how long the server has waited for their clients.
 
     A connection is busy while a request of it is performed; Handler.respond() says so.
-    At any other time the server waits for the client, which has to send a complete
-    request, or to read a response. If that takes too long, the connection is dropped:
-    it is shut down, so that its thread closes it, and no request of it is performed.
+    Then its client has max_wait seconds in all to read the response and to send the
+    next complete request. A client that takes longer is dropped: its connection is shut
+    down, so that its thread closes it, and no further request of it is performed.
     """
 
     max_wait = 16  # seconds
@@ -634,7 +639,7 @@ class Connections:
             while self.waiting_since:
                 slowest = min(self.waiting_since, key=self.waiting_since.get)
                 max_wait = self.max_wait_if_full if self.is_full() else self.max_wait
-                if self.clock() - self.waiting_since[slowest] < max_wait:
+                if self.clock() - self.waiting_since[slowest] < max_wait:  # or busy
                     break
                 del self.waiting_since[slowest]
                 shut_down(slowest, socket.SHUT_RDWR)
@@ -659,21 +664,18 @@ def shut_down(connection, how):
 
 
 # ---- Server ------------------------------------------------------------------
-# Handler serves one connection. It reads and writes without a timeout, because slow
-# clients are dropped.
+# Handler reads and writes without a timeout, because Server drops slow clients.
 
 http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)  # once a second
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves one connection. For each request, handle_one_request() calls that of the
-    base class, which reads the request line and calls
+    """Serves one connection. For each request, the base class calls
 
-        parse_request()       to parse it, and to read and parse the headers
-        do_GET() or another   to read the body, perform the request, and respond
-        send_error()          instead, if the method is unknown
-
-    handle_one_request() catches the exceptions of all of them.
+    handle_one_request()  which is extended here to catch all exceptions
+    parse_request()       to parse the request line, and to read the headers
+    do_GET() or another   to read the body, perform the request, and respond
+    send_error()          instead, if the method is unknown
     """
 
     protocol_version = "HTTP/1.1"
@@ -681,8 +683,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self):
         """Serve one request; turn an HTTPError or a bug into a response."""
-        # Close the connection, unless respond() gets a complete request.
-        self.close_connection, self.command = True, None
+        self.close_connection = True  # unless respond() gets a complete request
+        self.command = None  # so that send() does not see that of the last request
         try:
             super().handle_one_request()
         except HTTPError as error:
@@ -692,7 +694,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send(HTTPError(500, "Internal server error").response)
 
     def parse_request(self):
-        """Parse the request line and the headers; return False at the end of input."""
+        """Parse the request line and the headers; return False if there is none."""
         if self.raw_requestline == b"\r\n":  # An empty line is skipped: RFC 9112, 2.2.
             self.raw_requestline = self.rfile.readline(REQUEST_LINE_LIMIT + 1)
             if not self.raw_requestline:
@@ -711,8 +713,8 @@ class Handler(BaseHTTPRequestHandler):
         require(len(body) == self.length, 400, "Incomplete body")
         parts = self.command, self.path, self.query, self.headers, body
         self.server.connections.set_busy(self.connection)
+        self.close_connection = not self.keep_alive
         try:
-            self.close_connection = not self.keep_alive
             response = dispatch(self.server.store, *parts)
         finally:
             self.server.connections.set_waiting(self.connection)
@@ -722,7 +724,7 @@ class Handler(BaseHTTPRequestHandler):
     do_CONNECT = do_OPTIONS = do_TRACE = respond
 
     def send_error(self, code, message=None, explain=None):
-        """Raise HTTPError: the base class has found a 414, or a 501 for the method."""
+        """Raise HTTPError, for a 414 or 501; the base class would send a page."""
         raise HTTPError(code, self.responses[code][0])
 
     def send(self, response):
@@ -740,7 +742,7 @@ class Handler(BaseHTTPRequestHandler):
         ]
         if self.close_connection:
             lines += ["Connection: close"]
-        else:  # Clients that wait a second less than the limit are never too late.
+        else:  # One second less than the limit, so that a client stops in time.
             keep_alive = f"Keep-Alive: timeout={self.server.connections.max_wait - 1}"
             lines += ["Connection: keep-alive", keep_alive]
         if status != 304:
@@ -784,15 +786,15 @@ class Server(ThreadingHTTPServer):
         self.connections = Connections()
         self.pool = ThreadPoolExecutor(10_000)  # Dropped connections may keep theirs.
         host, port = address
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        self.address_family, *_, (ip, _, *scope) = min(found)  # IPv4 comes first.
+        found = min(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
+        self.address_family, _, _, _, (ip, _, *scope) = found  # IPv4 comes first.
         super().__init__((ip, port, *scope), Handler)
 
     def get_request(self):
         """Accept a connection, or raise OSError: the base class then tries again."""
         try:
             if self.connections.is_full():
-                raise BlockingIOError("too many connections")
+                raise OSError("too many connections")
             return super().get_request()
         except OSError:
             time.sleep(0.005)
@@ -883,7 +885,7 @@ def stop_on_signals(server):
     """Have Ctrl-C and SIGTERM stop the server, which answers its last requests."""
 
     def stop(_number, _frame):
-        server.stopping = True  # An exception could interrupt the server anywhere.
+        server.stopping = True  # An exception, raised here, could interrupt anything.
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Another Ctrl-C ends the process.
 
     signal.signal(signal.SIGINT, stop)
@@ -917,9 +919,10 @@ def main(arguments=None):
     except KeyboardInterrupt:
         pass
     finally:
+        deadline = time.monotonic() + 2.5
         server.server_close()
-        printer.close(timeout=2)
-        error_printer.close(timeout=0.5)
+        for each in printer, error_printer:
+            each.close(timeout=deadline - time.monotonic())
 
 
 if __name__ == "__main__":
