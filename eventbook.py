@@ -141,11 +141,6 @@ def integer(minimum, maximum=math.inf):
     return Rule(lambda v: type(v) is int and minimum <= v <= maximum, description)
 
 
-def id_in_path(id):
-    """Return a Rule for the id in a body, which must repeat the id in the path."""
-    return Rule(lambda v: type(v) is int and v == id, "must be the id in the path")
-
-
 CREATE_RULES = {
     "title": Rule(is_title, "must be a string of 1 to 200 characters, not blank"),
     "date": Rule(is_date, "must be a date such as 2026-02-15 or 2026-02-15T19:30"),
@@ -201,8 +196,7 @@ class Request(namedtuple("Request", "method path query headers body id user")):
     def parameters(self, rules):
         """Return the query parameters that have a rule; raises HTTPError (400)."""
         given = urllib.parse.parse_qs(self.query, keep_blank_values=True)
-        # Text that is no number stays as it is. So do joined values of one parameter.
-        # Both break the rules for numbers.
+        # The values of a repeated parameter are joined, so that they break its rule.
         texts = {name: ", ".join(given[name]) for name in rules if name in given}
         values = {k: int(v) if NUMBER.fullmatch(v) else v for k, v in texts.items()}
         validate(values, rules)
@@ -363,8 +357,9 @@ class Store(Observable):
         values = request.json()
         event = self._find(request)
         request.check_preconditions(event.etag)
-        # Unknown fields are errors: ignoring a misspelt one would lose the edit.
-        validate(values, {**UPDATE_RULES, "id": id_in_path(event.id)})
+        # Unknown fields are errors: ignoring a misspelt one would lose the edit. An id
+        # is valid if it is the same, so that a client can PUT what it got.
+        validate(values, {**UPDATE_RULES, "id": integer(event.id, event.id)})
         # Each customer is notified once, even if the update changes nothing.
         customers = [b.customerId for b in self.by_event[event.id].values()]
         self.emit("event.updated", dict.fromkeys(customers))  # without duplicates

@@ -552,7 +552,7 @@ def test_all_invalid_fields_are_described_at_once(shared_server):
     updated = shared_server.update(availableTickets=-1, id=2, x=1).body["details"]
     assert updated == {
         "availableTickets": TICKETS.replace("1", "0", 1),
-        "id": "must be the id in the path",
+        "id": "must be an integer from 1 to 1",
         "x": "unknown field",
     }
 
