@@ -22,8 +22,8 @@ Store.perform() calls the operation; Handler sends the response.
 
 1. State changes only inside Store.perform(), which holds the lock. A booking or a
    cancellation is in the log before the state changes.
-2. Down to the routes, no code knows about connections. Below them, until the command
-   line, no code knows about events, bookings and roles.
+2. The code from rules to routes does not know about connections. The code from request
+   parsing to the server does not know about events, bookings and roles.
 3. Only the thread of a connection reads and writes. Other threads can shut it down.
 """
 
@@ -89,7 +89,7 @@ USERS = {"1": ORGANIZER, "2": CUSTOMER, "3": CUSTOMER}  # user-id -> role
 class Record:
     """Adds to a namedtuple its representation as JSON."""
 
-    @functools.cached_property  # A record is encoded once, however often it is listed.
+    @functools.cached_property  # Lists encode each record only once.
     def json_text(self):
         return ENCODER.encode(self._asdict())
 
@@ -97,7 +97,7 @@ class Record:
 class Event(Record, namedtuple("Event", "id title date availableTickets")):
     @property
     def etag(self):
-        """The entity tag: within a run, the same for the same content."""
+        """The entity tag. It changes with the content, and from run to run."""
         return f'"{hash(self) % 2**64:x}"'
 
 
@@ -170,7 +170,7 @@ def validate(values, rules):
 # ---- Requests ----------------------------------------------------------------
 # What an operation can ask of a request.
 
-NUMBER = re.compile("[0-9]{1,600}")  # int() accepts at least 640 digits.
+NUMBER = re.compile("[0-9]{1,600}")  # int() may refuse more than 640 digits.
 
 
 class Request(namedtuple("Request", "method path query headers body id user")):
@@ -222,8 +222,8 @@ def split_list(value):
 
 # ---- Observers ---------------------------------------------------------------
 # Store is an Observable: it calls its observers before a change. An observer that
-# raises an exception prevents the change. Log is the first observer. The others, in
-# open_store(), print notifications in the background by means of a Printer.
+# raises an exception prevents the change. Log is the first observer of bookings. The
+# others, in open_store(), print notifications by means of a Printer.
 
 
 class Observable:
@@ -274,7 +274,7 @@ class Log:
 
 
 class Printer(threading.Thread):
-    """Prints lines in order from its own thread, so that no request waits for it."""
+    """Prints lines in the background, in order, so that no request waits for it."""
 
     def __init__(self, stream):
         super().__init__(daemon=True)
@@ -319,7 +319,8 @@ class Store(Observable):
         self.by_event = defaultdict(dict)  # event id -> {booking id: Booking}
         self.by_customer = defaultdict(dict)  # customer id -> {booking id: Booking}
         self.by_key = OrderedDict()  # (user id, Idempotency-Key) -> (hash, record)
-        self.list_cache = None, None  # query and Response of the last list_events()
+        # The query and the Response of the last list_events(). _put() empties it.
+        self.list_cache = None, None
 
     def perform(self, operation, request):
         """Return the result of an operation; the only method that takes the lock."""
@@ -346,7 +347,7 @@ class Store(Observable):
     def create(self, request):
         """Create an event; an Idempotency-Key makes retries safe."""
         body = request.json()
-        # Unknown fields are ignored: a misspelt one makes the right one invalid.
+        # Unknown fields are ignored: if one is misspelt, a required one is missing.
         values = {name: body.get(name) for name in CREATE_RULES}
         validate(values, CREATE_RULES)
         id = len(self.events) + 1  # Events are never deleted.
@@ -541,7 +542,7 @@ def parse_request_line(line):
 
 
 def read_header_lines(file):
-    """Read to an empty line, the end of input, or more than HEADERS_LIMIT bytes."""
+    """Read up to an empty line, the end of input, or more than HEADERS_LIMIT."""
     line, lines = None, bytearray()
     while line not in (b"\r\n", b"\n", b"") and len(lines) <= HEADERS_LIMIT:
         line = file.readline(HEADERS_LIMIT + 1)
@@ -559,8 +560,8 @@ def parse_headers(lines, version):
     for line in text.split("\r\n")[:-2]:
         name, _, value = line.partition(":")
         values[name.lower()].append(value.strip(" \t"))
-    # Repeated headers are joined by ", ", which is never valid in Host, Content-Length,
-    # user-id or Idempotency-Key.
+    # Repeated headers are joined by ", ". Where that is not valid, as in Host, a header
+    # that is repeated is therefore rejected.
     headers = {name: ", ".join(parts) for name, parts in values.items()}
     is_1_1 = version == "HTTP/1.1"
     if is_1_1 or headers.get("host"):  # HTTP/1.0 needs no Host.
@@ -590,12 +591,13 @@ def body_length(headers):
 
 
 class Connections:
-    """The open connections, and how long the server has waited for their clients.
+    """The open connections, and since when the server has waited for their clients.
 
     A connection is busy while a request of it is performed; Handler.respond() says so.
     Then its client has max_wait seconds in all to read the response and to send the
-    next complete request. A client that takes longer is dropped: its connection is shut
-    down, so that its thread closes it, and no further request of it is performed.
+    next complete request. A client that takes longer is dropped: no further request of
+    it is performed, and its connection is shut down, so that its thread closes it (on
+    Windows, where this wakes no recv(), only when the client sends or closes).
     """
 
     max_wait = 16  # seconds
@@ -634,7 +636,8 @@ class Connections:
             while self.waiting_since:
                 slowest = min(self.waiting_since, key=self.waiting_since.get)
                 max_wait = self.max_wait_if_full if self.is_full() else self.max_wait
-                if self.clock() - self.waiting_since[slowest] < max_wait:  # or busy
+                waited = self.clock() - self.waiting_since[slowest]  # < 0 if it is busy
+                if waited < max_wait:
                     break
                 del self.waiting_since[slowest]
                 shut_down(slowest, socket.SHUT_RDWR)
@@ -643,6 +646,7 @@ class Connections:
         """Wait until what has arrived is answered, then drop the rest."""
         with self.lock:
             for connection in self.waiting_since:
+                # Its thread reads what has arrived, then the end of input, and closes.
                 shut_down(connection, socket.SHUT_RD)
         deadline = time.monotonic() + seconds
         while self.waiting_since and time.monotonic() < deadline:
@@ -665,12 +669,13 @@ http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)  # once a sec
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves one connection. For each request, the base class calls
+    """Serves one connection. The base class calls
 
-    handle_one_request()  which is extended here to catch all exceptions
-    parse_request()       to parse the request line, and to read the headers
-    do_GET() or another   to read the body, perform the request, and respond
-    send_error()          instead, if the method is unknown
+    handle()                      which calls, until close_connection is true,
+      handle_one_request()        which reads the request line, and calls
+        parse_request()           and then
+        do_GET(), do_PUT(), ...   which are all respond(); or for another method
+        send_error()
     """
 
     protocol_version = "HTTP/1.1"
@@ -678,13 +683,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self):
         """Serve one request; turn an HTTPError or a bug into a response."""
-        self.close_connection = True  # unless respond() gets a complete request
+        self.close_connection = True  # unless respond() keeps it open
         self.command = None  # so that send() does not see that of the last request
         try:
             super().handle_one_request()
         except HTTPError as error:
             self.send(error.response)
-        except Exception:  # a bug; or a disconnect, so that send() raises OSError again
+        except Exception:  # a bug, or a disconnect: then send() raises OSError as well
             self.server.handle_error(self.connection, self.client_address)
             self.send(HTTPError(500, "Internal server error").response)
 
@@ -708,6 +713,7 @@ class Handler(BaseHTTPRequestHandler):
         require(len(body) == self.length, 400, "Incomplete body")
         parts = self.command, self.path, self.query, self.headers, body
         self.server.connections.set_busy(self.connection)
+        # From here on the client is not dropped, and errors do not end the connection.
         self.close_connection = not self.keep_alive
         try:
             response = dispatch(self.server.store, *parts)
@@ -737,7 +743,7 @@ class Handler(BaseHTTPRequestHandler):
         ]
         if self.close_connection:
             lines += ["Connection: close"]
-        else:  # One second less than the limit, so that a client stops in time.
+        else:  # A client that waits a second less than the limit is not too late.
             keep_alive = f"Keep-Alive: timeout={self.server.connections.max_wait - 1}"
             lines += ["Connection: keep-alive", keep_alive]
         if status != 304:
@@ -779,11 +785,11 @@ class Server(ThreadingHTTPServer):
         self.store, self.report = store, report
         # If the bind fails, the base class calls server_close(), which needs these.
         self.connections = Connections()
-        self.pool = ThreadPoolExecutor(10_000)  # Dropped connections may keep theirs.
+        self.pool = ThreadPoolExecutor(10_000)  # as dropped connections can keep theirs
         host, port = address
         found = min(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
-        self.address_family, _, _, _, (ip, _, *scope) = found  # IPv4 comes first.
-        super().__init__((ip, port, *scope), Handler)
+        self.address_family, *_, sockaddr = found  # IPv4 comes before IPv6.
+        super().__init__((sockaddr[0], port, *sockaddr[2:]), Handler)
 
     def get_request(self):
         """Accept a connection, or raise OSError: the base class then tries again."""
@@ -798,14 +804,16 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Have a thread of the pool serve a connection."""
         self.connections.set_waiting(request)
-        with contextlib.suppress(RuntimeError):  # It is queued if no thread can start.
+        # submit() queues the call before it starts a thread. If that fails, another
+        # thread will take the call.
+        with contextlib.suppress(RuntimeError):
             self.pool.submit(self.process_request_thread, request, client_address)
 
     def service_actions(self):
         """Drop slow clients, or stop; serve_forever() calls this regularly."""
         self.connections.drop_slow()
         if self.stopping:
-            raise KeyboardInterrupt  # This ends serve_forever().
+            raise KeyboardInterrupt  # shutdown() would wait for this thread, for ever.
 
     def close_request(self, request):
         self.connections.remove(request)
@@ -914,7 +922,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         pass
     finally:
-        deadline = time.monotonic() + 2.5
+        deadline = time.monotonic() + server.max_stop + 0.5
         server.server_close()
         for each in printer, error_printer:
             each.close(timeout=deadline - time.monotonic())
@@ -922,4 +930,4 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # On Windows, threads of dropped connections would prevent the end.
+    os._exit(0)  # Do not wait for threads that shut_down() has not woken.
