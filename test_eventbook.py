@@ -66,10 +66,7 @@ class Client:
 
     def __init__(self, port, log=None, server=None):
         self.port, self.log, self.server = port, log, server
-
-    @property
-    def connections(self):
-        return self.server.connections
+        self.connections = server and server.connections
 
     def create(self, user=1, key=None, **changes):
         body = {**EVENT, **changes}
@@ -251,15 +248,6 @@ def together(number, work):
             return list(pool.map(work, range(number)))
     finally:
         sys.setswitchinterval(interval)
-
-
-class Clock:
-    """A clock for Connections, which stands still until a test sets `now`."""
-
-    now = 0
-
-    def __call__(self):
-        return self.now
 
 
 def report(text):
@@ -1187,11 +1175,13 @@ def pairs():
 
 
 def make_connections(pairs, limit):
-    """Return Connections that wait for the clients of pairs since 0, 1, 2, and 3 s."""
-    connections = eventbook.Connections(clock=Clock())
+    """Return Connections that wait for four clients since 0, 1, 2 and 3 s.
+
+    Their clock stands still until a test sets `now`.
+    """
+    connections = eventbook.Connections(clock=lambda: connections.now)
     connections.limit = limit
-    for now, (side, _) in enumerate(pairs):
-        connections.clock.now = now
+    for connections.now, (side, _) in enumerate(pairs):
         connections.set_waiting(side)
     return connections
 
@@ -1213,7 +1203,7 @@ WAITS = [  # the limit of connections, the time, and how many are dropped then
 def test_clients_are_dropped_that_are_too_slow(pairs, limit, now, dropped):
     """The limit is 16 s, or 1 s while there are as many connections as allowed."""
     connections = make_connections(pairs, limit)
-    connections.clock.now = now
+    connections.now = now
     connections.drop_slow()
     assert list(connections.waiting_since) == [side for side, _ in pairs[dropped:]]
     for side, client in pairs[:dropped]:
@@ -1227,7 +1217,7 @@ def test_a_busy_connection_is_not_dropped(pairs):
     connections = make_connections(pairs, limit=4)
     first = pairs[0][0]
     connections.set_busy(first)
-    connections.clock.now = 1000
+    connections.now = 1000
     connections.drop_slow()
     assert list(connections.waiting_since) == [first]
     connections.set_waiting(first)
@@ -1353,15 +1343,6 @@ def test_a_client_that_is_dropped_at_the_last_moment_has_booked_nothing(
     assert len(server.logged()) == len(statuses_expected)
 
 
-@with_limits(limit=2, max_wait_if_full=0.05)
-def test_slow_clients_do_not_keep_others_out(server):
-    with contextlib.ExitStack() as stack:
-        for _ in range(4):
-            stack.enter_context(server.connect()).sendall(CREATE[:20])
-        for _ in range(3):
-            server.settle()
-
-
 @with_limits(limit=1, max_wait_if_full=60)
 def test_a_full_server_closes_after_each_response(server):
     with server.connect() as connection:
@@ -1411,6 +1392,9 @@ def test_an_error_of_accept_closes_nobody(server):
 @linux
 @with_limits(max_wait=99)
 def test_many_clients_are_served_at_the_same_time(server):
+    resource = pytest.importorskip("resource")
+    if 0 < resource.getrlimit(resource.RLIMIT_NPROC)[0] < 1000:
+        pytest.skip("the system may allow too few threads")
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(200)]
         assert statuses(exchange(client, GET) for client in clients) == [200] * 200
