@@ -650,6 +650,8 @@ class Connections:
                 shut_down(connection, socket.SHUT_RD)
         deadline = time.monotonic() + seconds
         while self.waiting_since and time.monotonic() < deadline:
+            if time.monotonic() > deadline - seconds / 2:
+                self.limit = 0  # From now on, each response closes its connection.
             time.sleep(0.01)
         with self.lock:
             for connection in self.waiting_since:

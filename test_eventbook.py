@@ -1670,6 +1670,25 @@ def test_requests_that_have_arrived_are_answered_at_the_stop():
             assert statuses(read_to_end(client)) == [200] * 3
 
 
+def test_a_client_without_pause_gets_a_response_to_each_booking_at_the_stop(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        with serving_all(tmp_path, max_stop=1) as server:
+            server.update(availableTickets=10**6)
+            connection = server.connect()
+
+            def book_without_pause():
+                with contextlib.suppress(OSError):
+                    while True:
+                        connection.sendall(BOOK * 5)
+
+            pool.submit(book_without_pause)
+            responses = pool.submit(connection.makefile("rb").read)
+        answered = responses.result().count(b"HTTP/1.1 201 Created")
+        with connection, contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+    assert answered == len(server.logged())
+
+
 SIGNALS = [  # two signals, and how the program ends
     ("SIGTERM", "SIGTERM", 0),
     ("SIGINT", "SIGTERM", 0),
