@@ -914,12 +914,11 @@ def main(arguments=None):
     threading.stack_size(1024**2)  # bytes; JSON with 1,000 brackets needs 256 KiB
     printer.start()
     error_printer.start()
+    stop_on_signals(server)
     name = "localhost" if host == "127.0.0.1" else host
     name = f"[{name}]" if ":" in name else name
-    stop_on_signals(server)
+    printer.say(f"eventbook is listening on http://{name}:{server.server_address[1]}")
     try:
-        url = f"http://{name}:{server.server_address[1]}"
-        printer.say(f"eventbook is listening on {url}")
         server.serve_forever(poll_interval=0.1)
     except KeyboardInterrupt:
         pass
