@@ -745,7 +745,7 @@ class Handler(BaseHTTPRequestHandler):
         ]
         if self.close_connection:
             lines += ["Connection: close"]
-        else:  # A client that waits a second less than the limit is not too late.
+        else:  # One second less than the limit, so that no client is a moment late.
             keep_alive = f"Keep-Alive: timeout={self.server.connections.max_wait - 1}"
             lines += ["Connection: keep-alive", keep_alive]
         if status != 304:

@@ -225,9 +225,9 @@ BOOK = raw("POST", "/api/events/1/book", user=2)
 UPDATE = raw("PUT", "/api/events/1", user=1)
 
 
-def ask(body=BODY, id=1, user=2, headers=(), method="POST", path="/", query=""):
+def ask(body=BODY, id=1, headers=(), method="POST"):
     """Return a Request for a Store without a server."""
-    return eventbook.Request(method, path, query, dict(headers), body, id, user)
+    return eventbook.Request(method, "/", "", dict(headers), body, id, 2)
 
 
 def eventually(condition):
